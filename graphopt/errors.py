@@ -1,0 +1,21 @@
+"""The errors a user can see; each carries the exit code that the command line returns for it."""
+
+from __future__ import annotations
+
+
+class GraphOptError(Exception):
+    """Bad usage or unreadable input: one sentence of what was expected, what was found, what to do."""
+
+    exit_code = 2
+
+
+class CheckFailed(GraphOptError):
+    """A verification missed its tolerance; no output file was written."""
+
+    exit_code = 1
+
+
+class NothingToRewrite(GraphOptError):
+    """No pass found a site that it could rewrite."""
+
+    exit_code = 3

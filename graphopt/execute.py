@@ -1,0 +1,75 @@
+"""Running a graph node by node: frees values early, and falls back to onnxruntime where torch has no answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from graphopt.errors import GraphOptError
+from graphopt.opaque import OpaqueOperator
+
+if TYPE_CHECKING:
+    from graphopt.graph import Graph
+
+Observer = Callable[[fx.Node, Any], None]
+
+
+class GraphInterpreter(fx.Interpreter):
+    """Interprets an fx graph and reports each node's value to an observer."""
+
+    def __init__(self, graph: Graph, observe: Observer | None = None) -> None:
+        super().__init__(graph.module, garbage_collect_values=True)
+        self._graph = graph
+        self._observe = observe
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; an operator that its torch function does not cover runs on onnxruntime."""
+        try:
+            value = super().run_node(n)
+        except NotImplementedError:
+            value = self._on_onnxruntime(n)
+        if self._observe is not None:
+            self._observe(n, value)
+        return value
+
+    def _on_onnxruntime(self, n: fx.Node) -> Any:
+        origin, source = n.meta.get("onnx"), self._graph.onnx
+        if origin is None or source is None or not origin.holds_for(n):
+            raise
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        operator = OpaqueOperator(origin.proto, (), source.proto.opset_import, source.proto.functions, {})
+        return operator(*args)
+
+
+def execute(graph: Graph, values: Sequence[Any], observe: Observer | None = None) -> tuple[Any, ...]:
+    """Run `graph` on flat values and return its outputs flat.
+
+    Args:
+        graph: what to run.
+        values: one per input, in order.
+        observe: called with each node and its value, right after the node ran.
+
+    Raises:
+        GraphOptError: the number of values differs from the number of inputs.
+    """
+    if len(values) != len(graph.inputs):
+        raise GraphOptError(f"expected {len(graph.inputs)} inputs, got {len(values)}")
+    result = GraphInterpreter(graph, observe).run(*values, enable_io_processing=False)
+    flat: list[Any] = []
+
+    def collect(item: Any) -> None:
+        if isinstance(item, dict):
+            for each in item.values():
+                collect(each)
+        elif isinstance(item, (tuple, list)) and len(flat) < len(graph.outputs):
+            for each in item:
+                collect(each)
+        else:
+            flat.append(item)
+
+    if graph.onnx is not None:  # an ONNX output may itself be a sequence: do not look into it
+        return tuple(result)
+    collect(result)
+    return tuple(flat)

@@ -1,0 +1,291 @@
+"""The one intermediate representation: a torch.fx graph beside the thing that it was made from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import torch
+from torch import fx
+
+from graphopt.errors import GraphOptError
+from graphopt.onnxfile import OnnxFile
+from graphopt.onnxfile.tensors import from_numpy, to_numpy
+
+if TYPE_CHECKING:
+    from graphopt.rewrite.result import Result
+    from graphopt.sites.base import Refusal, Site
+
+Dim = int | str | None
+"""A static size, the name of a symbolic one, or unknown."""
+
+
+@dataclass(frozen=True)
+class ValueSpec:
+    """Name, element type and shape of a graph input or output."""
+
+    name: str
+    dtype: torch.dtype | str | None
+    shape: tuple[Dim, ...] | None
+
+    def __str__(self) -> str:
+        dims = "?" if self.shape is None else ", ".join("?" if d is None else str(d) for d in self.shape)
+        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{dims}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """The ONNX node that an fx node stands for; kept verbatim until a pass changes the fx node.
+
+    `target`, `kwargs` and `arity` are what the importer made of the node: while they still hold, export re-emits
+    `proto` (with inputs renamed where they come from new producers).
+    """
+
+    proto: onnx.NodeProto
+    index: int
+    target: Any
+    kwargs: Mapping[str, Any]
+    captured: tuple[str, ...] = ()
+    """Names that the node's subgraphs take from the outer scope; they are extra arguments behind the inputs."""
+
+    def holds_for(self, node: fx.Node) -> bool:
+        """Whether `node` still means what `proto` says."""
+        same_keys = node.kwargs.keys() == self.kwargs.keys()
+        return (
+            node.target == self.target
+            and same_keys
+            and all(_same(node.kwargs[key], value) for key, value in self.kwargs.items())
+        )
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and not isinstance(a, fx.Node) and bool(a == b))
+
+
+@dataclass(frozen=True)
+class TorchSource:
+    """What a graph from an nn.Module remembers of it."""
+
+    example_args: tuple[Any, ...]
+    example_kwargs: Mapping[str, Any]
+    dynamic_shapes: Any = None
+    class_name: str = "Module"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One model: an executable, differentiable fx graph, its interface, and its source.
+
+    Values run through it flat, in the order of `inputs` and `outputs`. Weights of an .onnx file are mapped from the
+    file and shared between copies; a pass replaces a weight, it never writes into one.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[ValueSpec, ...]
+    outputs: tuple[ValueSpec, ...]
+    source: OnnxFile | TorchSource
+    notes: tuple[str, ...] = field(default=())
+    """What the user should know about how the graph was read."""
+
+    @property
+    def fx(self) -> fx.Graph:
+        """The fx graph."""
+        return self.module.graph
+
+    @property
+    def nodes(self) -> Iterable[fx.Node]:
+        """All fx nodes, producers first."""
+        return self.module.graph.nodes
+
+    @property
+    def onnx(self) -> OnnxFile | None:
+        """The ONNX file behind the graph, if there is one."""
+        return self.source if isinstance(self.source, OnnxFile) else None
+
+    @property
+    def placeholders(self) -> tuple[fx.Node, ...]:
+        """The input nodes, in the order of `inputs`."""
+        return tuple(n for n in self.nodes if n.op == "placeholder")
+
+    @property
+    def results(self) -> tuple[fx.Node, ...]:
+        """The nodes whose values are the outputs, in the order of `outputs`."""
+        return tuple(output_values(self.module.graph))
+
+    def weight(self, node: fx.Node) -> Any:
+        """The value behind a `get_attr` node."""
+        return attribute(self.module, str(node.target))
+
+    def execute(self, *values: Any) -> tuple[Any, ...]:
+        """Run on flat torch values; differentiable, frees each intermediate after its last use."""
+        from graphopt.execute import execute
+
+        return execute(self, values)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Run on arrays by input name and return arrays by output name.
+
+        Raises:
+            GraphOptError: an input is missing, unknown, or has the wrong type or rank.
+        """
+        values = [from_numpy(v) if isinstance(v, np.ndarray) else v for v in self.ordered(feeds)]
+        with torch.no_grad():
+            results = self.execute(*values)
+        return {spec.name: to_numpy(value) for spec, value in zip(self.outputs, results, strict=True)}
+
+    def ordered(self, feeds: Mapping[str, Any]) -> list[Any]:
+        """The feeds in input order, checked against the interface.
+
+        Raises:
+            GraphOptError: see `run`.
+        """
+        names = [spec.name for spec in self.inputs]
+        for name in feeds:
+            if name not in names:
+                raise GraphOptError(f"the model has no input {name!r}; its inputs are {', '.join(map(repr, names))}")
+        for spec in self.inputs:
+            if spec.name not in feeds:
+                raise GraphOptError(f"expected a value for input {spec}, but none was given")
+            check_value(spec, feeds[spec.name])
+        return [feeds[name] for name in names]
+
+    def copy(self) -> Graph:
+        """An independent graph that shares the weights."""
+        twin = fx.Graph(tracer_cls=self.fx._tracer_cls)
+        mapping: dict[fx.Node, fx.Node] = {}
+        result = twin.graph_copy(self.fx, mapping)
+        output = next(n for n in self.nodes if n.op == "output")
+        node = twin.output(result)
+        node.meta = dict(output.meta)
+        twin.set_codegen(copy.deepcopy(self.fx._codegen))
+        module = fx.GraphModule(self.module, twin, class_name=self.module.__class__.__name__)
+        module.meta = dict(self.module.meta)
+        module.train(self.module.training)
+        return replace(self, module=module)
+
+    def lint(self) -> None:
+        """Check that the fx graph is well formed and that every weight it names exists."""
+        self.fx.lint()
+        for node in self.nodes:
+            if node.op == "get_attr":
+                attribute(self.module, str(node.target))
+
+    def apply(self, passes: str | Sequence[Any], *, calibration: Any = None, seed: int = 0, **options: Any) -> Result:
+        """Run passes and verify each rewrite; this graph is left as it is.
+
+        Args:
+            passes: `"cleanup"`, `"linearize{window=64}"`, a pass object, or a sequence of those.
+            calibration: an iterable of input dicts, a DataLoader, a path to .npz, or a number of random inputs.
+            seed: for everything random.
+            options: see `graphopt.rewrite.manager.apply`.
+        """
+        from graphopt.rewrite.manager import apply
+
+        return apply(self, passes, calibration=calibration, seed=seed, **options)
+
+    def sites(self, kind: str) -> list[Site]:
+        """What there is to rewrite of `kind` (`attention`, `softmax`, `mlp`, `linear`, `norm`)."""
+        from graphopt.sites import find
+
+        return list(find(self, kind).sites)
+
+    def refusals(self, kind: str) -> list[Refusal]:
+        """What looked like a site of `kind` and is none, each with the reason."""
+        from graphopt.sites import find
+
+        return list(find(self, kind).refusals)
+
+    def save(self, path: str | Path, *, target: str = "onnx", **options: Any) -> None:
+        """Lower to `target` (`onnx`, `onnxruntime`, ...) and write the file atomically."""
+        from graphopt.registry import backend
+
+        backend(target).save(self, Path(path), **options)
+
+    def to_module(self) -> torch.nn.Module:
+        """A plain trainable nn.Module with the original parameter names."""
+        from graphopt.registry import backend
+
+        module: torch.nn.Module = backend("torch").lower(self)
+        return module
+
+
+def output_values(graph: fx.Graph) -> list[fx.Node]:
+    """The values that the output node returns, flat."""
+    output = next(n for n in graph.nodes if n.op == "output")
+    flat: list[fx.Node] = []
+
+    def collect(argument: Any) -> None:
+        if isinstance(argument, dict):
+            for item in argument.values():
+                collect(item)
+        elif isinstance(argument, (list, tuple)):
+            for item in argument:
+                collect(item)
+        else:
+            flat.append(argument)
+
+    collect(output.args[0])
+    return flat
+
+
+def attribute(module: torch.nn.Module, target: str) -> Any:
+    """Look up a dotted attribute."""
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def set_attribute(module: torch.nn.Module, target: str, value: Any) -> None:
+    """Store a weight under a dotted name, making the modules on the way; floats become parameters."""
+    *path, last = target.split(".")
+    owner = module
+    for part in path:
+        if not isinstance(getattr(owner, part, None), torch.nn.Module):
+            owner.add_module(part, torch.nn.Module())
+        owner = getattr(owner, part)
+    if isinstance(value, torch.nn.Parameter):
+        owner.register_parameter(last, value)
+    elif isinstance(value, torch.Tensor) and value.is_floating_point():
+        owner.register_parameter(last, torch.nn.Parameter(value, requires_grad=False))
+    elif isinstance(value, torch.Tensor):
+        owner.register_buffer(last, value)
+    else:
+        setattr(owner, last, value)
+
+
+def fresh_attribute(module: torch.nn.Module, stem: str) -> str:
+    """A dotted name that starts with `stem` and is not taken."""
+    name, count = stem, 0
+    while True:
+        try:
+            attribute(module, name)
+        except AttributeError:
+            return name
+        count += 1
+        name = f"{stem}_{count}"
+
+
+def check_value(spec: ValueSpec, value: Any) -> None:
+    """Check a fed value against the declared type, rank and static sizes.
+
+    Raises:
+        GraphOptError: naming what was expected and what was given.
+    """
+    shape = getattr(value, "shape", None)
+    if shape is None or spec.shape is None:
+        return
+    dtype = from_numpy(np.empty(0, value.dtype)) if isinstance(value, np.ndarray) else value
+    found = getattr(dtype, "dtype", None)
+    if isinstance(spec.dtype, torch.dtype) and isinstance(found, torch.dtype) and found != spec.dtype:
+        raise GraphOptError(f"expected input {spec}, but the given array is {str(found).removeprefix('torch.')}")
+    fits = len(shape) == len(spec.shape) and all(
+        not isinstance(want, int) or int(got) == want for want, got in zip(spec.shape, shape, strict=True)
+    )
+    if not fits:
+        raise GraphOptError(f"expected input {spec}, but the given array has shape {list(shape)}")

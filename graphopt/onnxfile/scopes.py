@@ -1,0 +1,56 @@
+"""Names across nested ONNX scopes: what a subgraph takes from outside, and renaming it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+
+
+def captured(node: onnx.NodeProto) -> tuple[str, ...]:
+    """Names that the node's subgraphs use but do not define, in order of first use."""
+    found: dict[str, None] = {}
+    for attribute in node.attribute:
+        for graph in _graphs(attribute):
+            for name in _free(graph):
+                found.setdefault(name)
+    return tuple(found)
+
+
+def _graphs(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
+    own = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else []
+    return own + list(attribute.graphs)
+
+
+def _free(graph: onnx.GraphProto) -> list[str]:
+    defined = {i.name for i in graph.input} | {t.name for t in graph.initializer}
+    defined |= {s.values.name for s in graph.sparse_initializer}
+    defined |= {name for n in graph.node for name in n.output}
+    free: list[str] = []
+    for node in graph.node:
+        free += [name for name in (*node.input, *captured(node)) if name and name not in defined]
+    # A subgraph may return an outer value directly.
+    return free + [o.name for o in graph.output if o.name and o.name not in defined]
+
+
+def rename(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
+    """A copy of the node whose inputs and captured names are replaced by `names`."""
+    twin = onnx.NodeProto()
+    twin.CopyFrom(node)
+    for i, name in enumerate(twin.input):
+        twin.input[i] = names.get(name, name)
+    for attribute in twin.attribute:
+        for graph in _graphs(attribute):
+            _rename_free(graph, names)
+    return twin
+
+
+def _rename_free(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    free = set(_free(graph))
+    outer = {old: new for old, new in names.items() if old in free}
+    if not outer:
+        return
+    for i, node in enumerate(graph.node):
+        graph.node[i].CopyFrom(rename(node, outer))
+    for output in graph.output:
+        output.name = outer.get(output.name, output.name)
