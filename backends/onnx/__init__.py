@@ -1,0 +1,46 @@
+"""The `onnx` target: standard ONNX, loads in every runtime; new operators become model-local functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+# These modules enter their lowerings into the table when they are imported.
+from graphopt.backends.onnx import linear_attention as _linear_attention
+from graphopt.backends.onnx import torch_functions as _torch_functions
+from graphopt.backends.onnx.emit import to_proto
+from graphopt.graph import Graph
+from graphopt.onnxfile import write
+
+_ = (_linear_attention, _torch_functions)
+
+
+class OnnxBackend:
+    """Lowers a graph to an ONNX model."""
+
+    name = "onnx"
+
+    def lower(self, graph: Graph) -> onnx.ModelProto:
+        """The model as a protobuf; external weights stay where they are."""
+        if graph.onnx is not None:
+            return to_proto(graph, self.name)
+        from graphopt.backends.onnx.export import export
+
+        return export(graph, self.name)
+
+    def save(self, graph: Graph, path: Path, *, external: bool | None = None, **options: Any) -> None:
+        """Write the model atomically.
+
+        Args:
+            graph: what to save.
+            path: where to.
+            external: weights into `<path>.data`; None means above 1.5 GB only.
+            options: none.
+        """
+        folder = graph.onnx.folder if graph.onnx is not None else None
+        write(self.lower(graph), path, folder=folder, external=external)
+
+
+__all__ = ["OnnxBackend", "to_proto"]

@@ -1,0 +1,146 @@
+"""Making ONNX nodes: names, constants, model-local functions, and the operator sets they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+import onnx.helper
+import torch
+
+from graphopt.errors import GraphOptError
+from graphopt.onnxfile.tensors import ONNX_DTYPES, to_tensor_proto
+
+DOMAIN = "graphopt"
+"""Operator domain of the model-local functions."""
+
+
+@dataclass
+class Names:
+    """Names that are taken anywhere in the model, subgraphs included."""
+
+    taken: set[str] = field(default_factory=set)
+
+    def fresh(self, stem: str) -> str:
+        """A free name that starts with `stem`."""
+        name, count = stem, 0
+        while name in self.taken:
+            count += 1
+            name = f"{stem}_{count}"
+        self.taken.add(name)
+        return name
+
+
+class Builder:
+    """Collects the nodes that one fx node lowers to, in a graph or in a function's body."""
+
+    def __init__(self, owner: ModelParts, scope: str, *, names: Names | None = None, in_function: bool = False) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.owner = owner
+        self.opset = owner.opset
+        self._scope = scope
+        self._names = names or owner.names
+        self._in_function = in_function
+
+    def op(
+        self, op_type: str, *inputs: str, outputs: int | Sequence[str] = 1, domain: str = "", **attributes: Any
+    ) -> Any:
+        """Add a node; returns its output name, or a list of names where it has several."""
+        stem = f"{self._scope}/{op_type}"
+        declared = [self._names.fresh(stem) for _ in range(outputs)] if isinstance(outputs, int) else list(outputs)
+        name = self._names.fresh(f"{stem}_node")
+        node = onnx.helper.make_node(op_type, list(inputs), declared, name=name, domain=domain or None, **attributes)
+        self.nodes.append(node)
+        if domain:
+            self.owner.require(domain)
+        return declared[0] if len(declared) == 1 else declared
+
+    def constant(self, value: torch.Tensor, hint: str = "constant") -> str:
+        """A constant: an initialiser of the graph, or a Constant node in a function's body."""
+        if self._in_function:
+            output = self._names.fresh(f"{self._scope}/{hint}")
+            proto = to_tensor_proto(output, value)
+            self.nodes.append(onnx.helper.make_node("Constant", [], [output], name=f"{output}_node", value=proto))
+            return output
+        return self.owner.initializer(f"{self._scope}/{hint}", value)
+
+    def ints(self, *values: int) -> str:
+        """An int64 vector constant."""
+        return self.constant(torch.tensor(values, dtype=torch.int64), "ints")
+
+    def cast(self, value: str, dtype: torch.dtype) -> str:
+        """`value` as `dtype`."""
+        return str(self.op("Cast", value, to=ONNX_DTYPES[dtype]))
+
+    def sum(self, value: str, axis: int) -> str:
+        """Sum along one axis, kept; the axes became an input in opset 13."""
+        if self.opset >= 13:
+            return str(self.op("ReduceSum", value, self.ints(axis), keepdims=1))
+        return str(self.op("ReduceSum", value, axes=[axis], keepdims=1))
+
+    def unsqueeze(self, value: str, axis: int) -> str:
+        """Insert an axis of size 1."""
+        if self.opset >= 13:
+            return str(self.op("Unsqueeze", value, self.ints(axis)))
+        return str(self.op("Unsqueeze", value, axes=[axis]))
+
+    def slice(self, value: str, axis: int, start: int, end: int) -> str:
+        """value[start:end] along `axis`."""
+        if self.opset >= 10:
+            return str(self.op("Slice", value, self.ints(start), self.ints(end), self.ints(axis)))
+        return str(self.op("Slice", value, starts=[start], ends=[end], axes=[axis]))
+
+    def function(
+        self, name: str, inputs: Sequence[str], body: Callable[[Builder, list[str]], str], output: str | None = None
+    ) -> str:
+        """Call a model-local function, defining it on first use; `name` tells its structure apart."""
+        self.owner.define(name, len(inputs), body)
+        return str(self.op(name, *inputs, domain=DOMAIN, outputs=[output] if output else 1))
+
+
+class ModelParts:
+    """What lowering adds to a model beside nodes: initialisers, functions, operator sets."""
+
+    def __init__(self, opset: int, names: Names, target: str) -> None:
+        self.opset = opset
+        self.names = names
+        self.target = target
+        self.initializers: list[onnx.TensorProto] = []
+        self.functions: dict[str, onnx.FunctionProto] = {}
+        self.domains: set[str] = set()
+        self._shared: dict[tuple[Any, ...], str] = {}
+
+    def require(self, domain: str) -> None:
+        """Import version 1 of an operator domain."""
+        self.domains.add(domain)
+
+    def initializer(self, stem: str, value: torch.Tensor) -> str:
+        """Store a constant; small equal ones are shared."""
+        key = (value.dtype, tuple(value.shape), tuple(value.flatten().tolist())) if value.numel() <= 16 else None
+        if key is not None and key in self._shared:
+            return self._shared[key]
+        name = self.names.fresh(stem)
+        self.initializers.append(to_tensor_proto(name, value))
+        if key is not None:
+            self._shared[key] = name
+        return name
+
+    def define(self, name: str, arity: int, body: Callable[[Builder, list[str]], str]) -> None:
+        """Define a model-local function once; its name tells apart everything that its body depends on."""
+        if name in self.functions:
+            return
+        inputs = [f"x{i}" for i in range(arity)]
+        builder = Builder(self, "f", names=Names(set(inputs)), in_function=True)
+        output = body(builder, inputs)
+        opsets = [onnx.helper.make_opsetid("", self.opset)]
+        opsets += [onnx.helper.make_opsetid(d, 1) for d in sorted({n.domain for n in builder.nodes} - {""})]
+        self.require(DOMAIN)
+        self.functions[name] = onnx.helper.make_function(DOMAIN, name, inputs, [output], builder.nodes, opsets)
+
+
+def need(condition: bool, what: str) -> None:
+    """Raise a GraphOptError where a lowering meets what it cannot express."""
+    if not condition:
+        raise GraphOptError(f"cannot lower to ONNX: {what}")

@@ -1,0 +1,237 @@
+"""From a Graph back to an ONNX model: untouched nodes verbatim, rewritten regions lowered."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+import torch
+from torch import fx
+
+from graphopt.backends.onnx.builder import Builder, ModelParts, Names, need
+from graphopt.backends.onnx.dialect_nodes import dialect_node
+from graphopt.backends.onnx.table import Call, function_name, lookup
+from graphopt.dialect import operator_of
+from graphopt.errors import GraphOptError
+from graphopt.graph import Graph
+from graphopt.onnxfile.read import graphs
+from graphopt.onnxfile.scopes import rename
+from graphopt.onnxfile.tensors import to_tensor_proto
+
+_CONTRIB = "com.microsoft"
+
+
+def to_proto(graph: Graph, target: str = "onnx") -> onnx.ModelProto:
+    """The ONNX model of a graph that came from ONNX; where nothing was rewritten, the very same model.
+
+    Args:
+        graph: the graph.
+        target: `onnx` for standard operators and model-local functions, `onnxruntime` for contrib operators too.
+
+    Raises:
+        GraphOptError: a new node has no ONNX form.
+    """
+    source = graph.onnx
+    if source is None:
+        raise GraphOptError("this graph came from an nn.Module; export it with graphopt.backends.onnx.export first")
+    return _Emitter(graph, source.proto, source.opset(), target).run()
+
+
+class _Emitter:
+    def __init__(self, graph: Graph, proto: onnx.ModelProto, opset: int, target: str) -> None:
+        self.graph = graph
+        self.proto = proto
+        self.parts = ModelParts(opset, Names(set(_all_names(proto))), target)
+        self.names: dict[fx.Node, str] = {}
+        self.nodes: list[onnx.NodeProto] = []
+        self.kept: list[int] = []
+        self.changed = False
+        self.target = target
+
+    def run(self) -> onnx.ModelProto:
+        self._name_values()
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                self._weight(node)
+            elif node.op in ("call_function", "call_module", "call_method"):
+                self._call(node)
+        self._outputs()
+        if not self.changed and sorted(self.kept) == list(range(len(self.proto.graph.node))) and self._weights_kept():
+            return self.proto
+        return self._assemble()
+
+    def _name_values(self) -> None:
+        """ONNX names for values that have one; a new value that is a graph output takes the output's name."""
+        for node in self.graph.nodes:
+            if "onnx_name" in node.meta:
+                self.names[node] = node.meta["onnx_name"]
+        for spec, result in zip(self.graph.outputs, self.graph.results, strict=True):
+            if self.names.get(result) == spec.name:
+                continue
+            for other, name in self.names.items():
+                if name == spec.name:  # the value that had the output's name is still needed: it steps aside
+                    self.names[other] = self.parts.names.fresh(f"{name}/original")
+            if result not in self.names and result.op != "get_attr":
+                self.names[result] = spec.name
+
+    def _name(self, node: fx.Node) -> str:
+        if node not in self.names:
+            scope = node.meta.get("graphopt_site", "graphopt")
+            self.names[node] = self.parts.names.fresh(f"{scope}/{node.name}")
+        return self.names[node]
+
+    def _weight(self, node: fx.Node) -> None:
+        origin = node.meta.get("onnx")
+        if origin is not None:
+            self._keep(origin.index, origin.proto, {}, {origin.proto.output[0]: self.names[node]})
+            return
+        if "onnx_name" in node.meta or not node.users:
+            return
+        if all(user.op != "output" and node in user.kwargs.values() for user in node.users):
+            return  # the value of a tensor attribute
+        value = self.graph.weight(node)
+        need(isinstance(value, torch.Tensor), f"weight {node.target} is no tensor")
+        name = self.parts.names.fresh(str(node.target))
+        self.names[node] = name
+        self.parts.initializers.append(to_tensor_proto(name, value))
+
+    def _call(self, node: fx.Node) -> None:
+        if node.target is operator.getitem:
+            self._name(node)
+            return
+        origin = node.meta.get("onnx")
+        if origin is not None and origin.holds_for(node):
+            old = [*origin.proto.input, *origin.captured]
+            renamed = {o: self._argument(a) for o, a in zip(old, node.args, strict=True) if o}
+            self._keep(origin.index, origin.proto, renamed, self._renamed_outputs(node, origin.proto))
+            return
+        self.changed = True
+        if operator_of(node.target) is not None:  # type: ignore[arg-type]  # a call_function's target is callable
+            self.nodes.append(dialect_node(self.graph, node, self._argument, self._output_names(node)))
+            return
+        self._lower(node)
+
+    def _lower(self, node: fx.Node) -> None:
+        lowering = lookup(node, self.target)
+        need(lowering is not None, f"no ONNX form of {function_name(node)!r} is registered (node {node.name})")
+        assert lowering is not None
+        builder = Builder(self.parts, str(node.meta.get("graphopt_site", "graphopt")))
+        args = fx.map_arg(node.args, self._argument)
+        kwargs = fx.map_arg(node.kwargs, self._argument)
+        found = lowering(Call(builder, node, tuple(args), dict(kwargs)))
+        self._adopt(builder, node, found)
+        self.nodes += builder.nodes
+
+    def _adopt(self, builder: Builder, node: fx.Node, found: str) -> None:
+        """Let the last value of a lowering carry the fx node's name where the outside expects one."""
+        if node not in self.names:
+            self.names[node] = found
+            return
+        wanted = self.names[node]
+        producer = next((n for n in builder.nodes if found in n.output), None)
+        if producer is None:
+            builder.op("Identity", found, outputs=[wanted])
+            return
+        producer.output[list(producer.output).index(found)] = wanted
+        for other in builder.nodes:
+            for i, name in enumerate(other.input):
+                if name == found:
+                    other.input[i] = wanted
+
+    def _argument(self, value: Any) -> str:
+        return self._name(value) if isinstance(value, fx.Node) else ""
+
+    def _output_names(self, node: fx.Node) -> list[str]:
+        items = {int(u.args[1]): u for u in node.users if u.target is operator.getitem}  # type: ignore[arg-type]  # an index
+        if not items:
+            return [self._name(node)]
+        return [self._name(items[i]) if i in items else "" for i in range(max(items) + 1)]
+
+    def _renamed_outputs(self, node: fx.Node, proto: onnx.NodeProto) -> dict[str, str]:
+        if len(proto.output) == 1:
+            return {proto.output[0]: self.names[node]}
+        items = {int(u.args[1]): u for u in node.users if u.target is operator.getitem}  # type: ignore[arg-type]  # an index
+        return {proto.output[i]: self.names[item] for i, item in items.items() if proto.output[i]}
+
+    def _keep(self, index: int, proto: onnx.NodeProto, inputs: dict[str, str], outputs: dict[str, str]) -> None:
+        moved_in = {old: new for old, new in inputs.items() if old != new}
+        moved_out = {old: new for old, new in outputs.items() if old != new}
+        self.kept.append(index)
+        if not moved_in and not moved_out:
+            self.nodes.append(proto)
+            return
+        self.changed = True
+        twin = rename(proto, moved_in)
+        for i, name in enumerate(twin.output):
+            twin.output[i] = moved_out.get(name, name)
+        self.nodes.append(twin)
+
+    def _outputs(self) -> None:
+        for spec, result in zip(self.graph.outputs, self.graph.results, strict=True):
+            if self._name(result) != spec.name:
+                self.changed = True
+                node = onnx.helper.make_node(
+                    "Identity", [self._name(result)], [spec.name], name=self.parts.names.fresh(f"{spec.name}/identity")
+                )
+                self.nodes.append(node)
+
+    def _live_weights(self) -> set[str]:
+        return {n.meta["onnx_name"] for n in self.graph.nodes if n.op == "get_attr" and "onnx_name" in n.meta}
+
+    def _weights_kept(self) -> bool:
+        live = self._live_weights()
+        stored = [t.name for t in self.proto.graph.initializer]
+        return all(name in live for name in stored)
+
+    def _assemble(self) -> onnx.ModelProto:
+        model = onnx.ModelProto()
+        for descriptor, value in self.proto.ListFields():
+            if descriptor.name != "graph":
+                _set(model, descriptor.name, value)
+        old, new, live = self.proto.graph, model.graph, self._live_weights()
+        for descriptor, value in old.ListFields():
+            if descriptor.name not in ("node", "initializer", "sparse_initializer", "value_info", "input"):
+                _set(new, descriptor.name, value)
+        new.node.extend(self.nodes)
+        stored = {t.name for t in old.initializer} | {s.values.name for s in old.sparse_initializer}
+        new.initializer.extend(t for t in old.initializer if t.name in live)
+        new.sparse_initializer.extend(s for s in old.sparse_initializer if s.values.name in live)
+        new.initializer.extend(self.parts.initializers)
+        # Before IR 4 every initialiser also stands among the inputs.
+        new.input.extend(i for i in old.input if i.name not in stored or i.name in live)
+        defined = {name for n in self.nodes for name in n.output} | live | {i.name for i in old.input}
+        new.value_info.extend(v for v in old.value_info if v.name in defined)
+        model.functions.extend(self.parts.functions.values())
+        self._stamp(model)
+        return model
+
+    def _stamp(self, model: onnx.ModelProto) -> None:
+        """Import what was used, and drop no import: other tools look for theirs."""
+        present = {o.domain for o in model.opset_import}
+        for domain in sorted(self.parts.domains - present):
+            model.opset_import.add(domain=domain, version=1)
+        if self.parts.functions:
+            model.ir_version = max(model.ir_version, 8)  # the first IR version with model-local functions
+
+
+def _set(message: Any, name: str, value: Any) -> None:
+    field = getattr(message, name)
+    if hasattr(field, "extend"):
+        field.extend(value)
+    elif hasattr(field, "CopyFrom"):
+        field.CopyFrom(value)
+    else:
+        setattr(message, name, value)
+
+
+def _all_names(proto: onnx.ModelProto) -> Iterator[str]:
+    for graph in graphs(proto):
+        yield from (i.name for i in graph.input)
+        yield from (o.name for o in graph.output)
+        yield from (t.name for t in graph.initializer)
+        yield from (s.values.name for s in graph.sparse_initializer)
+        for node in graph.node:
+            yield node.name
+            yield from node.output

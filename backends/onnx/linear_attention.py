@@ -1,0 +1,99 @@
+"""ONNX forms of the linear attention operators: model-local functions of primitive operators."""
+
+from __future__ import annotations
+
+import torch
+
+from graphopt.backends.onnx.builder import Builder
+from graphopt.backends.onnx.table import Call, lowers, meta_of
+
+
+def _suffix(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@lowers("graphopt::hedgehog_map")
+def _hedgehog_map(call: Call) -> str:
+    """One product with [W, -W] side by side, then the activation over each half.
+
+    Computing both signs in one MatMul and viewing the result as [.., 2, F] needs neither a copy of the features nor
+    a second pass over x.
+    """
+    activation = call.get(2, "activation", "softmax")
+    features = int(call.node.meta["shape"][-1]) // 2
+    dtype = call.dtype()
+
+    def body(b: Builder, inputs: list[str]) -> str:
+        x, weight = (b.cast(i, torch.float32) if dtype.itemsize < 4 else i for i in inputs)
+        both = b.op("Concat", weight, b.op("Neg", weight), axis=2)
+        projected = b.op("MatMul", x, both)
+        if activation == "exp":
+            out = b.op("Exp", projected)
+        else:
+            signs = b.op("Reshape", projected, b.ints(0, 0, 0, 2, features))
+            out = b.op("Reshape", b.op("Softmax", signs, axis=4), b.ints(0, 0, 0, 2 * features))
+        return b.cast(out, dtype) if dtype.itemsize < 4 else str(out)
+
+    name = f"HedgehogMap_{activation}_{features}_{_suffix(dtype)}"
+    return call.builder.function(name, list(call.args[:2]), body)
+
+
+@lowers("graphopt::linear_attention")
+def _linear_attention(call: Call) -> str:
+    """phi(q) (phi(k)^T v) / phi(q) (phi(k)^T 1): two products with a [K, V] matrix, no [T, S] matrix.
+
+    The causal form has the same value as a masked product of the features; it is quadratic in the length, because
+    standard ONNX has no operator that carries a state except Scan, which runs token by token.
+    """
+    key_weight, causal = call.get(3, "key_weight"), call.get(4, "causal", False)
+    normalize, eps = call.get(5, "normalize", True), call.get(6, "eps", 1e-6)
+    dtype = call.dtype(2)
+    groups = _groups(call)
+    inputs = [*call.args[:3]] + ([key_weight] if key_weight else [])
+
+    def body(b: Builder, names: list[str]) -> str:
+        q, k, v = (b.cast(i, torch.float32) if dtype.itemsize < 4 else i for i in names[:3])
+        if key_weight:
+            weight = b.cast(names[3], torch.float32) if dtype.itemsize < 4 else names[3]
+            k = b.op("Mul", k, weight)
+        if groups > 1:
+            k, v = _repeat(b, k, groups), _repeat(b, v, groups)
+        wide = torch.promote_types(dtype, torch.float32)
+        out, total = (_causal if causal else _bidirectional)(b, q, k, v, normalize)
+        if normalize:
+            out = b.op("Div", out, b.op("Add", total, b.constant(torch.tensor(eps, dtype=wide), "eps")))
+        return b.cast(out, dtype) if dtype.itemsize < 4 else str(out)
+
+    parts = ["LinearAttention", "causal" if causal else "", f"groups{groups}" if groups > 1 else ""]
+    parts += ["" if normalize else "unnormalized", "weighted" if key_weight else "", f"eps{eps:g}", _suffix(dtype)]
+    return call.builder.function("_".join(filter(None, parts)), inputs, body)
+
+
+def _bidirectional(b: Builder, q: str, k: str, v: str, normalize: bool) -> tuple[str, str]:
+    keys = b.op("Transpose", k, perm=[0, 1, 3, 2])
+    out = b.op("MatMul", q, b.op("MatMul", keys, v))
+    total = b.op("MatMul", q, b.op("Transpose", b.sum(k, 2), perm=[0, 1, 3, 2])) if normalize else ""
+    return out, total
+
+
+def _causal(b: Builder, q: str, k: str, v: str, normalize: bool) -> tuple[str, str]:
+    scores = b.op("MatMul", q, b.op("Transpose", k, perm=[0, 1, 3, 2]))
+    length = [b.slice(b.op("Shape", x), 0, 2, 3) for x in (k, q)]
+    offset = b.op("Squeeze", b.op("Sub", *length), b.ints(0))
+    visible = b.op("Trilu", scores, offset, upper=0)
+    return b.op("MatMul", visible, v), b.sum(visible, 3) if normalize else ""
+
+
+def _repeat(b: Builder, value: str, groups: int) -> str:
+    """[B, Hkv, S, K] -> [B, Hkv * groups, S, K], each head beside its copies."""
+    wide = b.op("Expand", b.unsqueeze(value, 2), b.ints(1, 1, groups, 1, 1))
+    shape = b.op("Shape", value)
+    full = b.op("Concat", b.slice(shape, 0, 0, 1), b.ints(-1), b.slice(shape, 0, 2, 4), axis=0)
+    return str(b.op("Reshape", wide, full))
+
+
+def _groups(call: Call) -> int:
+    query, keys = call.node.args[0], call.node.args[1]
+    meta_of(query)
+    heads = query.meta["shape"][1], keys.meta["shape"][1]  # type: ignore[union-attr]  # both are fx nodes: see meta_of
+    return int(heads[0]) // int(heads[1])

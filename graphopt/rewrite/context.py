@@ -1,0 +1,50 @@
+"""What a pass is given beside the graph: data, a seed, progress, and the record of each site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from graphopt.calibration import Calibration
+    from graphopt.fit.capture import Record
+    from graphopt.sites import Site
+
+_Item = TypeVar("_Item")
+Track = Callable[[Iterable[Any], int | None, str], Iterator[Any]]
+
+
+def _silent(items: Iterable[_Item], total: int | None, text: str) -> Iterator[_Item]:
+    yield from items
+
+
+@dataclass
+class Context:
+    """The surroundings of one run."""
+
+    calibration: Calibration
+    seed: int = 0
+    fit_steps: int | None = None
+    """Overrides every pass's own number of training steps; 0 skips training."""
+    only: Sequence[str] = ()
+    """Names of the sites to rewrite; empty means all."""
+    track: Track = _silent
+    """Wraps a loop in a progress bar: (items, total, text)."""
+    notes: list[str] = field(default_factory=list)
+
+    def generator(self) -> torch.Generator:
+        """A fresh seeded generator."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(eq=False)
+class Replacement:
+    """A site, the module that takes its place, and what calibration recorded there."""
+
+    site: Site
+    module: torch.nn.Module
+    record: Record
+    errors: dict[str, float] = field(default_factory=dict)

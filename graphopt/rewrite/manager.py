@@ -1,0 +1,98 @@
+"""Running a pipeline: each pass on the previous one's graph, each result linted, the whole compared at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from graphopt.calibration import Calibration, calibration_for
+from graphopt.errors import CheckFailed
+from graphopt.graph import Graph
+from graphopt.rewrite.base import Equivalence, Pass
+from graphopt.rewrite.context import Context, Track, _silent
+from graphopt.rewrite.options import parse_all, spell
+from graphopt.rewrite.report import PassReport, Report, Result
+from graphopt.verify.compare import measure
+
+# Comparing whole models on every batch would double the run time; a few batches show the size of the change.
+_COMPARED = 4
+
+
+def apply(
+    graph: Graph,
+    passes: str | Pass | Sequence[str | Pass],
+    *,
+    calibration: Any = None,
+    seed: int = 0,
+    fit_steps: int | None = None,
+    only: Sequence[str] = (),
+    min_cosine: float | None = None,
+    sizes: Mapping[str, int] | None = None,
+    track: Track = _silent,
+) -> Result:
+    """Run `passes` in order and verify what they did.
+
+    Args:
+        graph: left as it is.
+        passes: spellings or objects.
+        calibration: see `graphopt.calibration.calibration_for`.
+        seed: for everything random.
+        fit_steps: overrides the passes' own numbers of training steps.
+        only: names of the sites to rewrite.
+        min_cosine: smallest mean cosine similarity of every float output that passes.
+        sizes: sizes of symbolic dims for random inputs.
+        track: wraps long loops, for progress bars.
+
+    Returns:
+        The new graph and the report.
+
+    Raises:
+        GraphOptError: a pass, an option, or the calibration data is wrong.
+        CheckFailed: the rewritten model misses what its passes promise.
+    """
+    items = parse_all(passes)
+    data = calibration if isinstance(calibration, Calibration) else calibration_for(graph, calibration, seed=seed, sizes=sizes)
+    report = Report([spell(item) for item in items], calibration=data.description)
+    current = graph
+    for item in items:
+        context = Context(data, seed, fit_steps, only, track)
+        started = time.perf_counter()
+        current, sites = item.run(current, context)
+        current.lint()
+        report.passes.append(
+            PassReport(
+                item.name,
+                dataclasses.asdict(item),
+                item.equivalence.value,
+                round(time.perf_counter() - started, 3),
+                list(sites),
+                context.notes,
+            )
+        )
+        if data.synthetic and item.needs_calibration and report.passes[-1].count("rewritten"):
+            report.notes.append(
+                f"{item.name} was fitted on random inputs ({data.description}): the shapes and speed of the result "
+                "are real, its quality is not; give calibration data from your task"
+            )
+    compared = data.batches[-_COMPARED:]
+    report.outputs, report.samples = measure(graph, current, compared), len(compared)
+    _check(items, report, min_cosine)
+    return Result(current, report)
+
+
+def _check(items: Sequence[Pass], report: Report, min_cosine: float | None) -> None:
+    exact = all(item.equivalence is Equivalence.EXACT for item in items)
+    reassociated = all(item.equivalence in (Equivalence.EXACT, Equivalence.REASSOCIATED) for item in items)
+    for output in report.outputs:
+        measured = f"output {output.name!r}: largest difference {output.max_abs:.3g}, relative RMS {output.rel_rms:.3g}"
+        if output.rel_rms == float("inf"):
+            raise CheckFailed(f"{measured}: NaN, infinity or another shape where the original has none")
+        if exact and not output.bitwise:
+            raise CheckFailed(f"expected the same bits from exact passes, but {measured}")
+        # Differences of reassociated sites add up over the depth of a model: ten times one site's tolerance.
+        if reassociated and output.rel_rms > 1e-4:
+            raise CheckFailed(f"expected floating-point order to change at most 1e-4, but {measured}")
+        if min_cosine is not None and output.cosine < min_cosine:
+            raise CheckFailed(f"expected a mean cosine of at least {min_cosine} at every output, but {output.name!r} has {output.cosine:.4f}")

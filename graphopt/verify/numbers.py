@@ -1,0 +1,79 @@
+"""How far one value is from another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Distance of a value from the expected one.
+
+    Attributes:
+        max_abs: largest absolute difference.
+        rel_rms: RMS of the difference over RMS of the expected value (over 1 where that is all zeros).
+        cosine: mean cosine similarity along the last axis; 1 for values that are equal.
+        bitwise: equal in type, shape and every bit (NaN equal to NaN).
+    """
+
+    max_abs: float
+    rel_rms: float
+    cosine: float
+    bitwise: bool
+
+
+def difference(expected: Any, found: Any) -> Difference:
+    """Compare two values: tensors or arrays of any type, or sequences of them (the worst element counts).
+
+    Infinite where the shapes differ or exactly one side is NaN or infinite.
+    """
+    if isinstance(expected, (list, tuple)):
+        pairs = [difference(e, f) for e, f in zip(expected, found, strict=False)]
+        if len(expected) != len(found):
+            return _WORST
+        worst = max(pairs, key=lambda d: d.rel_rms, default=_SAME)
+        return worst
+    if isinstance(expected, dict):
+        return _SAME if expected == found else _WORST
+    a, b = _float64(expected), _float64(found)
+    if a is None or b is None:
+        return _SAME if np.array_equal(np.asarray(expected), np.asarray(found)) else _WORST
+    if a.shape != b.shape:
+        return _WORST
+    if a.numel() == 0:
+        return _SAME
+    same = (a == b) | (a.isnan() & b.isnan())
+    bitwise = bool(same.all()) and getattr(expected, "dtype", None) == getattr(found, "dtype", None)
+    delta = torch.where(same, torch.zeros_like(a), a - b)
+    if not bool(torch.isfinite(delta).all()):
+        return _WORST
+    finite = torch.where(torch.isfinite(a), a, torch.zeros_like(a))
+    scale = float(finite.square().mean().sqrt())
+    rms = float(delta.square().mean().sqrt())
+    return Difference(float(delta.abs().max()), rms / (scale or 1.0), _cosine(finite, finite - delta), bitwise)
+
+
+_SAME = Difference(0.0, 0.0, 1.0, True)
+_WORST = Difference(float("inf"), float("inf"), 0.0, False)
+
+
+def _float64(value: Any) -> torch.Tensor | None:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "biuf":
+            return None
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if not isinstance(value, torch.Tensor) or value.is_complex():
+        return None
+    return value.detach().to(torch.float64)
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.ndim == 0:
+        a, b = a.view(1), b.view(1)
+    zero = (a.norm(dim=-1) == 0) & (b.norm(dim=-1) == 0)
+    similarity = torch.nn.functional.cosine_similarity(a, b, dim=-1, eps=1e-30)
+    return float(torch.where(zero, torch.ones_like(similarity), similarity).mean())
