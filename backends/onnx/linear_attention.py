@@ -19,14 +19,15 @@ def _hedgehog_map(call: Call) -> str:
     Computing both signs in one MatMul and viewing the result as [.., 2, F] needs neither a copy of the features nor
     a second pass over x.
     """
-    activation = call.get(2, "activation", "softmax")
+    bias, activation = call.get(2, "bias"), call.get(3, "activation", "softmax")
     features = int(call.node.meta["shape"][-1]) // 2
     dtype = call.dtype()
 
     def body(b: Builder, inputs: list[str]) -> str:
-        x, weight = (b.cast(i, torch.float32) if dtype.itemsize < 4 else i for i in inputs)
-        both = b.op("Concat", weight, b.op("Neg", weight), axis=2)
-        projected = b.op("MatMul", x, both)
+        x, weight, *shift = (b.cast(i, torch.float32) if dtype.itemsize < 4 else i for i in inputs)
+        projected = b.op("MatMul", x, _both_signs(b, weight))
+        if shift:
+            projected = b.op("Add", projected, _both_signs(b, shift[0]))
         if activation == "exp":
             out = b.op("Exp", projected)
         else:
@@ -34,12 +35,17 @@ def _hedgehog_map(call: Call) -> str:
             out = b.op("Reshape", b.op("Softmax", signs, axis=4), b.ints(0, 0, 0, 2 * features))
         return b.cast(out, dtype) if dtype.itemsize < 4 else str(out)
 
-    name = f"HedgehogMap_{activation}_{features}_{_suffix(dtype)}"
-    return call.builder.function(name, list(call.args[:2]), body)
+    name = f"HedgehogMap_{activation}_{features}_{'biased_' if bias else ''}{_suffix(dtype)}"
+    return call.builder.function(name, [*call.args[:2], *([bias] if bias else [])], body)
+
+
+def _both_signs(b: Builder, weight: str) -> str:
+    """[W, -W]; depends on constants only, so runtimes fold it when they load the model."""
+    return str(b.op("Concat", weight, b.op("Neg", weight), axis=2))
 
 
 @lowers("graphopt::linear_attention")
-def _linear_attention(call: Call) -> str:
+def linear_attention(call: Call) -> str:
     """phi(q) (phi(k)^T v) / phi(q) (phi(k)^T 1): two products with a [K, V] matrix, no [T, S] matrix.
 
     The causal form has the same value as a masked product of the features; it is quadratic in the length, because
@@ -48,19 +54,21 @@ def _linear_attention(call: Call) -> str:
     key_weight, causal = call.get(3, "key_weight"), call.get(4, "causal", False)
     normalize, eps = call.get(5, "normalize", True), call.get(6, "eps", 1e-6)
     dtype = call.dtype(2)
-    groups = _groups(call)
+    groups = groups_of(call)
     inputs = [*call.args[:3]] + ([key_weight] if key_weight else [])
 
     def body(b: Builder, names: list[str]) -> str:
         q, k, v = (b.cast(i, torch.float32) if dtype.itemsize < 4 else i for i in names[:3])
-        if key_weight:
-            weight = b.cast(names[3], torch.float32) if dtype.itemsize < 4 else names[3]
-            k = b.op("Mul", k, weight)
+        weight = names[3] if key_weight else ""
+        if weight and dtype.itemsize < 4:
+            weight = b.cast(weight, torch.float32)
+        if weight and (groups > 1 or causal):
+            k, weight = b.op("Mul", k, weight), ""
         if groups > 1:
             k, v = _repeat(b, k, groups), _repeat(b, v, groups)
-        wide = torch.promote_types(dtype, torch.float32)
-        out, total = (_causal if causal else _bidirectional)(b, q, k, v, normalize)
+        out, total = _causal(b, q, k, v) if causal else _bidirectional(b, q, k, v, weight)
         if normalize:
+            wide = torch.promote_types(dtype, torch.float32)
             out = b.op("Div", out, b.op("Add", total, b.constant(torch.tensor(eps, dtype=wide), "eps")))
         return b.cast(out, dtype) if dtype.itemsize < 4 else str(out)
 
@@ -69,19 +77,21 @@ def _linear_attention(call: Call) -> str:
     return call.builder.function("_".join(filter(None, parts)), inputs, body)
 
 
-def _bidirectional(b: Builder, q: str, k: str, v: str, normalize: bool) -> tuple[str, str]:
+def _bidirectional(b: Builder, q: str, k: str, v: str, weight: str) -> tuple[str, str]:
+    """Numerator and denominator; a key's weight goes to its value, which is narrower than its features."""
     keys = b.op("Transpose", k, perm=[0, 1, 3, 2])
-    out = b.op("MatMul", q, b.op("MatMul", keys, v))
-    total = b.op("MatMul", q, b.op("Transpose", b.sum(k, 2), perm=[0, 1, 3, 2])) if normalize else ""
-    return out, total
+    values = b.op("Mul", v, weight) if weight else v
+    out = b.op("MatMul", q, b.op("MatMul", keys, values))
+    sums = b.op("MatMul", keys, weight) if weight else b.op("Transpose", b.sum(k, 2), perm=[0, 1, 3, 2])
+    return out, b.op("MatMul", q, sums)
 
 
-def _causal(b: Builder, q: str, k: str, v: str, normalize: bool) -> tuple[str, str]:
+def _causal(b: Builder, q: str, k: str, v: str) -> tuple[str, str]:
     scores = b.op("MatMul", q, b.op("Transpose", k, perm=[0, 1, 3, 2]))
     length = [b.slice(b.op("Shape", x), 0, 2, 3) for x in (k, q)]
     offset = b.op("Squeeze", b.op("Sub", *length), b.ints(0))
     visible = b.op("Trilu", scores, offset, upper=0)
-    return b.op("MatMul", visible, v), b.sum(visible, 3) if normalize else ""
+    return b.op("MatMul", visible, v), b.sum(visible, 3)
 
 
 def _repeat(b: Builder, value: str, groups: int) -> str:
@@ -92,7 +102,8 @@ def _repeat(b: Builder, value: str, groups: int) -> str:
     return str(b.op("Reshape", wide, full))
 
 
-def _groups(call: Call) -> int:
+def groups_of(call: Call) -> int:
+    """Query heads per key head, as observed on the example."""
     query, keys = call.node.args[0], call.node.args[1]
     meta_of(query)
     heads = query.meta["shape"][1], keys.meta["shape"][1]  # type: ignore[union-attr]  # both are fx nodes: see meta_of

@@ -212,7 +212,7 @@ def pad_2(x: Tensor, *, pads: list[int], mode: str = "constant", value: float = 
     return pad_axes(x, range(x.dim()), pads, mode, value)
 
 
-@operator("Pad", since=11, values=(1, 2, 3))
+@operator("Pad", since=11, values=(1, 3))
 def pad_11(
     x: Tensor,
     pads: Tensor,
@@ -223,7 +223,9 @@ def pad_11(
 ) -> Tensor:
     """Pad the listed axes, or all; `pads` lists all begins, then all ends; negative ones crop."""
     named = range(x.dim()) if axes is None else axes.tolist()
-    return pad_axes(x, named, pads.tolist(), mode, 0 if value is None else value.item())
+    # On the meta device only the shape counts.
+    fill = 0 if value is None or value.is_meta else value.item()
+    return pad_axes(x, named, pads.tolist(), mode, fill)
 
 
 def pad_axes(x: Tensor, axes: Sequence[int], pads: Sequence[int], mode: str, value: float) -> Tensor:

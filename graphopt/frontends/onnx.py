@@ -131,7 +131,7 @@ class _Importer:
             return None
         domain = "" if proto.domain == "ai.onnx" else proto.domain
         entry = dialect.lookup(domain, proto.op_type, self.opsets.get(domain, 1))
-        if entry is None:
+        if entry is None or self._makes_packed(proto, args):
             return None
         kwargs: dict[str, Any] = {}
         for attribute in proto.attribute:
@@ -144,6 +144,13 @@ class _Importer:
             return None
         name = _identifier(proto.name or (proto.output[0] if proto.output else proto.op_type))
         return self.graph.create_node("call_function", entry.function, tuple(args), kwargs, name=name)
+
+    def _makes_packed(self, proto: onnx.NodeProto, args: list[Any]) -> bool:
+        """Whether the node produces 2- or 4-bit values, for whose rounding and range torch has no type."""
+        types = {a.i for a in proto.attribute if a.name in ("to", "output_dtype", "dtype")}
+        if proto.op_type in ("QuantizeLinear", "CastLike"):
+            types |= {self.constants[a][1].data_type for a in args[1:] if a in self.constants}
+        return any(kind not in TORCH_DTYPES and kind != onnx.TensorProto.STRING for kind in types - {0})
 
     def _attribute(self, proto: onnx.NodeProto, attribute: onnx.AttributeProto) -> Any:
         if attribute.type == onnx.AttributeProto.TENSOR:

@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import sympy
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from graphopt.dialect import operator_of
-from graphopt.graph import Dim, Graph
+from graphopt.graph import Graph, ValueSpec
 from graphopt.opaque import OpaqueOperator
-from graphopt.shapes.declared import Declared, DeclaredValue
+from graphopt.shapes.fallback import Fallback, SizeOf
 from graphopt.shapes.symbols import SymbolTable
-from graphopt.shapes.trial import trials
+from graphopt.shapes.values import Leaf, Unknown, leaves, strings, tensors
 
 # A tensor of at most this many elements keeps its values, as it may be part of shape arithmetic.
 SMALL = 1024
-# Operators that make a large tensor from small ones: their size is looked at before they run for real.
+# Operators that make a large tensor from small ones: the size is looked at before they run for real.
 _CREATORS = frozenset({"ConstantOfShape", "Range", "OneHot", "Tile", "Pad", "Resize", "Upsample", "CenterCropPad"})
-
-SizeOf = Callable[[sympy.Symbol], int]
-
-
-@dataclass(frozen=True)
-class Unknown:
-    """The value of a node whose shape cannot be told, and why."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One observed tensor (or Python integer: then `shape` is None)."""
-
-    shape: tuple[int, ...] | None
-    dtype: torch.dtype | str
-    values: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,14 +29,16 @@ class Suspect:
 
     node: fx.Node
     position: int
+    """Where in the order of execution it stands."""
     sizes: frozenset[int]
+    """The sizes of its operands."""
 
 
 @dataclass
 class Observation:
     """What one evaluation saw: the leaves of each node's value, or why there are none."""
 
-    leaves: dict[fx.Node, list[Leaf] | Unknown] = field(default_factory=dict)
+    leaves: dict[fx.Node, tuple[Leaf | Unknown, ...]] = field(default_factory=dict)
     suspects: list[Suspect] = field(default_factory=list)
 
 
@@ -66,14 +47,12 @@ class Evaluator:
 
     def __init__(self, graph: Graph, inputs: list[tuple[sympy.Expr, ...] | None], table: SymbolTable) -> None:
         self.graph = graph
-        self._inputs = inputs
-        self._table = table
-        self._declared = Declared(graph)
-        self._kept: dict[fx.Node, Any] = {}
+        self._inputs = dict(zip(graph.placeholders, zip(graph.inputs, inputs, strict=True), strict=False))
+        self._fallback = Fallback(graph, table)
         self._fixed = _independent(graph)
-        self._meta: dict[int, tuple[Any, torch.Tensor]] = {}
-        self._trials: dict[Any, list[Any]] = {}
-        self._fresh: dict[tuple[str, int, int], sympy.Symbol] = {}
+        self._kept: dict[fx.Node, Any] = {}
+        # The originals are kept as well: an id is unique only while its object lives.
+        self._meta: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @torch.no_grad()
     def observe(self, size_of: SizeOf, accepted: frozenset[fx.Node] | None = None) -> Observation:
@@ -85,51 +64,60 @@ class Evaluator:
         """
         seen = Observation()
         env: dict[fx.Node, Any] = {}
-        placeholders = iter(zip(self.graph.inputs, self._inputs, strict=True))
         for position, node in enumerate(self.graph.nodes):
             if node.op == "output":
                 continue
             if node in self._kept:
                 env[node] = self._kept[node]
             elif node.op == "placeholder":
-                spec, shape = next(placeholders)
-                env[node] = _input(node, spec.dtype, shape, size_of)
+                env[node] = self._input(node, size_of)
             elif node.op == "get_attr":
                 env[node] = self._kept[node] = self._weight(node)
             else:
                 env[node] = self._run(node, position, env, size_of, seen)
-            seen.leaves[node] = _leaves(env[node])
+            seen.leaves[node] = leaves(env[node])
             if accepted is not None and seen.suspects and seen.suspects[-1].node not in accepted:
                 break
         return seen
 
+    def _input(self, node: fx.Node, size_of: SizeOf) -> Any:
+        spec, shape = self._inputs.get(node, (ValueSpec(node.name, None, None), None))
+        if shape is None:
+            value = node.meta.get("val")
+            number = isinstance(value, (int, float, bool, torch.SymInt))
+            return int(value) if number else Unknown(f"input {spec.name!r} declares no shape")
+        sizes = tuple(evaluate(dim, size_of) for dim in shape)
+        if isinstance(spec.dtype, torch.dtype):
+            return torch.empty(sizes, dtype=spec.dtype, device="meta")
+        return strings(sizes) if spec.dtype == "string" else Unknown(f"input {spec} has no torch type")
+
     def _weight(self, node: fx.Node) -> Any:
         value = self.graph.weight(node)
-        if isinstance(value, torch.Tensor):
-            return value.detach() if value.numel() <= SMALL and not value.is_meta else self._to_meta(value)
-        return value
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.detach() if value.numel() <= SMALL else self._to_meta(value)
 
     def _to_meta(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.is_meta:
             return value
         if id(value) not in self._meta:
-            # The original is kept as well: an id is unique only while its object lives.
             self._meta[id(value)] = (value, value.detach().to("meta"))
         return self._meta[id(value)][1]
 
     def _run(self, node: fx.Node, position: int, env: dict[fx.Node, Any], size_of: SizeOf, seen: Observation) -> Any:
         for source in node.all_input_nodes:
             if isinstance(env[source], Unknown):
-                return self._fallback(node, None, {}, f"its input {source.name} is unknown", size_of)
-        args = fx.node.map_arg(node.args, env.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+                return self._fallback.value(node, None, {}, f"its input {source.name} is unknown", size_of)
+        args: Any = fx.node.map_arg(node.args, env.__getitem__)
+        kwargs: Any = fx.node.map_arg(node.kwargs, env.__getitem__)
         try:
-            value = self._call(node, args, kwargs)
+            value = pytree.tree_map(_shrunk, self._call(node, args, kwargs))
         except Exception as error:  # whatever a torch function raises: the reason decides what happens next
             if not _wants_values(node, args, error):
-                sizes = frozenset(s for x in _tensors((args, kwargs)) for s in x.shape)
+                sizes = frozenset(size for x in tensors((args, kwargs)) for size in x.shape)
                 seen.suspects.append(Suspect(node, position, sizes))
-            return self._fallback(node, args, kwargs, _first_line(error), size_of)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            return pytree.tree_map(_shrunk, self._fallback.value(node, args, kwargs, reason, size_of))
         if node in self._fixed:
             self._kept[node] = value
         return value
@@ -138,122 +126,75 @@ class Evaluator:
         if node.op == "call_module":
             return self._call_module(node, args, kwargs)
         if node.op == "call_method":
-            owner, *rest = args
-            return getattr(owner, str(node.target))(*rest, **kwargs)
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         function: Any = node.target
         entry = operator_of(function)
-        mixed = any(x.is_meta for x in _tensors((args, kwargs)))
+        mixed = any(x.is_meta for x in tensors((args, kwargs)))
         if entry is None:
             return self._call_torch(function, args, kwargs, mixed)
         if mixed:
-            args = tuple(
-                a if i in entry.values else pytree.tree_map(self._to_meta, a) if isinstance(a, (list, tuple))
-                else self._to_meta(a)
-                for i, a in enumerate(args)
-            )  # fmt: skip
+            args = tuple(a if i in entry.values else self._all_meta(a) for i, a in enumerate(args))
         elif entry.name in _CREATORS:
             with torch.device("meta"):
                 value = function(*args, **kwargs)
             if value.numel() > SMALL:
                 return self._to_meta(value)
-        return pytree.tree_map(self._shrink, function(*args, **kwargs))
+        return function(*args, **kwargs)
 
     def _call_torch(self, function: Any, args: Any, kwargs: dict[str, Any], mixed: bool) -> Any:
         """Call an ATen operator or any other function; what it creates is on the meta device too."""
         writes = isinstance(function, torch._ops.OpOverload) and function._schema.is_mutable
         if mixed or writes:
-            # An operator that writes into its argument must not write into a weight.
-            args, kwargs = pytree.tree_map(self._to_meta, (args, kwargs))
+            # What writes into its argument must not write into a weight.
+            args, kwargs = self._all_meta((args, kwargs))
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("meta")}
         if function is torch.ops.aten.view.default:
             # Layouts on the meta device may differ from those of the real kernels; the sizes do not.
             function = torch.ops.aten.reshape.default
-        return pytree.tree_map(self._shrink, function(*args, **kwargs))
+        return function(*args, **kwargs)
 
     def _call_module(self, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> Any:
         module = self.graph.module.get_submodule(str(node.target))
         if isinstance(module, OpaqueOperator):
-            raise NotImplementedError(f"{module.extra_repr()} runs on onnxruntime")
+            raise NotImplementedError(f"{module.extra_repr()} has no torch function")
         state = {name: self._to_meta(x) for name, x in (*module.named_parameters(), *module.named_buffers())}
-        args, kwargs = pytree.tree_map(self._to_meta, (args, kwargs))
+        args, kwargs = self._all_meta((args, kwargs))
         return torch.func.functional_call(module, state, args, kwargs)
 
-    def _shrink(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.numel() > SMALL:
-            return value.to("meta")
-        return value
+    def _all_meta(self, value: Any) -> Any:
+        if isinstance(value, (tuple, list, dict)):
+            return pytree.tree_map(self._to_meta, value)
+        return self._to_meta(value)
 
-    def _fallback(
-        self, node: fx.Node, args: tuple[Any, ...] | None, kwargs: dict[str, Any], reason: str, size_of: SizeOf
-    ) -> Any:
-        """The node's value from its declared shapes, else from a trial on made-up values, else unknown."""
-        if node.target is torch.ops.aten._local_scalar_dense.default or node.target is torch.ops.aten.item.default:
-            return size_of(self._symbol((node.name, 0, 0)))
-        declared = self._declared.values(node)
-        dims = [None if d is None else self._resolve(d, size_of) for d in declared or ()]
-        if dims and all(d is not None and None not in d for d in dims):
-            results: list[Any] = []
-        else:
-            results = [] if args is None else self._trial(node, args, kwargs)
-        if results and node not in self._fresh_nodes and not _tensors_are_unknown((args, kwargs)):
-            return pytree.tree_map(self._shrink, results[0])
-        count = len(dims) or (len(results[0]) if results and isinstance(results[0], (list, tuple)) else 1)
-        single = not _has_many_outputs(node, results)
-        made = [
-            self._merge(node, i, declared[i] if declared else None, dims[i] if dims else None, results, single, reason, size_of)
-            for i in range(count)
-        ]  # fmt: skip
-        return made[0] if single else tuple(made)
 
-    _fresh_nodes: frozenset[fx.Node] = frozenset()
+def evaluate(expression: sympy.Expr, size_of: SizeOf) -> int:
+    """The expression at the sizes of its symbols."""
+    if expression.is_Integer:
+        return int(expression)
+    if expression.is_Symbol:
+        return size_of(expression)
+    return int(expression.subs({symbol: size_of(symbol) for symbol in expression.free_symbols}))
 
-    def _resolve(self, value: DeclaredValue, size_of: SizeOf) -> list[int | None]:
-        def size(dim: Dim) -> int | None:
-            if not isinstance(dim, str):
-                return dim
-            known = self._table.by_display.get(dim)
-            return None if known is None else size_of(known)
 
-        return [size(dim) for dim in value.shape]
+def _shrunk(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, torch.Tensor) and value.numel() > SMALL else value
 
-    def _trial(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        key = (node, tuple(_signature(x) for x in pytree.tree_leaves((args, kwargs))))
-        if key not in self._trials:
-            self._trials[key] = trials(self.graph, node, args, kwargs)
-        return self._trials[key]
 
-    def _merge(
-        self,
-        node: fx.Node,
-        index: int,
-        declared: DeclaredValue | None,
-        dims: list[int | None] | None,
-        results: list[Any],
-        single: bool,
-        reason: str,
-        size_of: SizeOf,
-    ) -> Any:
-        tried = [r if single else r[index] for r in results]
-        shapes = [tuple(t.shape) for t in tried if isinstance(t, (torch.Tensor, np.ndarray))]
-        if len(shapes) != len(tried):
-            return Unknown(f"{reason}; its value is no tensor")
-        ranks = {len(s) for s in shapes}
-        if dims is None and len(ranks) == 1:
-            dims = [None] * ranks.pop()
-        if dims is None:
-            return Unknown(reason)
-        for axis, dim in enumerate(dims):
-            if dim is not None:
-                continue
-            sizes = {s[axis] for s in shapes if len(s) == len(dims)}
-            dims[axis] = sizes.pop() if len(sizes) == 1 else size_of(self._symbol((node.name, index, axis)))
-        if declared is not None and declared.dtype == "string" or (tried and isinstance(tried[0], np.ndarray)):
-            return _strings(dims)
-        dtype = declared.dtype if declared is not None else tried[0].dtype
-        return torch.empty([int(d or 0) for d in dims], dtype=dtype, device="meta")
+def _wants_values(node: fx.Node, args: Any, error: Exception) -> bool:
+    """Whether the node failed for lack of values, as opposed to sizes that do not fit each other."""
+    if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
+        return True
+    entry = operator_of(node.target) if callable(node.target) else None
+    return entry is not None and any(
+        i < len(args) and isinstance(args[i], torch.Tensor) and args[i].is_meta for i in entry.values
+    )
 
-    def _symbol(self, key: tuple[str, int, int]) -> sympy.Symbol:
-        if key not in self._fresh:
-            self._fresh[key] = self._table.fresh()
-        return self._fresh[key]
+
+def _independent(graph: Graph) -> frozenset[fx.Node]:
+    """The nodes that no input reaches."""
+    fixed: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" or (node.op != "placeholder" and fixed.issuperset(node.all_input_nodes)):
+            fixed.add(node)
+    return frozenset(fixed)

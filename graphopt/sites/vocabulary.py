@@ -17,7 +17,7 @@ from torch import fx
 
 from graphopt.dialect import operator_of
 from graphopt.opaque import OpaqueOperator
-from graphopt.sites.vocabulary_names import ATEN, MICROSOFT, ONNX
+from graphopt.sites.vocabulary_names import ATEN, FOLDABLE, MICROSOFT, ONNX
 
 if TYPE_CHECKING:
     from graphopt.graph import Graph
@@ -32,14 +32,6 @@ SAME_VALUE = frozenset({"identity", "cast", "dropout"})
 """Kinds whose value is that of their first operand, up to the precision of a cast between float types."""
 SHAPES = frozenset({"shape", "size"})
 """Kinds that read the sizes of their operand, not its values."""
-# Cheap and pure: folded when every operand is constant.
-_FOLDABLE = frozenset(
-    (
-        "identity cast unsqueeze squeeze reshape transpose expand concat slice gather add sub rsub mul div "
-        "floordiv pow neg sqrt rsqrt reciprocal abs floor erf exp constant_of_shape full scalar_tensor ones "
-        "zeros fill"
-    ).split()  # noqa: SIM905  # thirty quoted words would take thirty lines
-)
 _FOLD_LIMIT = 1 << 16
 _LAYOUT = frozenset({"identity", "unsqueeze", "squeeze", "reshape", "transpose"})
 
@@ -191,7 +183,7 @@ def skip(node: fx.Node, kinds: Iterable[str] = SAME_VALUE) -> fx.Node:
 
 def _first_of_dropout(node: fx.Node) -> bool:
     given = source(node)
-    return given is not None and node.args[1] == 0 and kind(given) == "dropout"
+    return given is not None and kind(given) == "dropout" and bool(node.args[1] == 0)
 
 
 def constant(graph: Graph, node: Any) -> torch.Tensor | None:
@@ -217,7 +209,7 @@ def _fold(graph: Graph, node: fx.Node, seen: dict[fx.Node, torch.Tensor | None])
         value = graph.weight(node)
         return value.detach() if isinstance(value, torch.Tensor) else None
     name = kind(node)
-    if name not in _FOLDABLE or node.op != "call_function":
+    if name not in FOLDABLE or node.op != "call_function":
         return None
     limit = math.inf if name in _LAYOUT else _FOLD_LIMIT
     values: dict[fx.Node, torch.Tensor] = {}
