@@ -201,8 +201,10 @@ class _Emitter:
         new.initializer.extend(self.parts.initializers)
         # Before IR 4 every initialiser also stands among the inputs.
         new.input.extend(i for i in old.input if i.name not in stored or i.name in live)
-        defined = {name for n in self.nodes for name in n.output} | live | {i.name for i in old.input}
-        new.value_info.extend(v for v in old.value_info if v.name in defined)
+        # Some files describe values that nothing defines; only what was removed here loses its description.
+        defined = {name for n in self.nodes for name in n.output}
+        gone = {name for n in old.node for name in n.output} - defined | (stored - live)
+        new.value_info.extend(v for v in old.value_info if v.name not in gone)
         model.functions.extend(self.parts.functions.values())
         self._stamp(model)
         return model

@@ -33,8 +33,9 @@ class Convention(Protocol):
 class LoweredModule(nn.Module):
     """Weights under their original names, and one function that computes with them.
 
-    It shares the weights' memory with the graph, so training it in place changes the graph's weights too, until
-    `.to()` or a deep copy separates them. Its program is its own.
+    It shares the weights' memory with the graph, so training changes the graph's weights too, until `.to()`
+    or a deep copy separates them. Its program is its own. `train()` and `eval()` set the flag only: what
+    dropout and batch statistics do was settled when the graph was made.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ def distill(
         return
     optimizer, schedule = optimizer_for(parameters, learning_rate, steps)
     batches = context.calibration.batches
-    order = shuffled(len(batches), context.generator())
+    order = shuffled(context.training(), context.generator())
     outputs = _Outputs(teacher)
     for _ in context.track(range(steps), steps, "Distilling end to end"):
         index = next(order)

@@ -35,7 +35,7 @@ def fit_layerwise(
     if not steps or not parameters:
         return
     optimizer, schedule = optimizer_for(parameters, learning_rate, steps)
-    order = shuffled(len(replacements[0].record), context.generator())
+    order = shuffled(context.training(), context.generator())
     for _ in context.track(range(steps), steps, "Fitting layer by layer"):
         index = next(order)
         optimizer.zero_grad()
@@ -65,7 +65,8 @@ def optimizer_for(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
-    """Indices 0 .. count-1 in a new random order in each round, forever."""
+def shuffled(indices: Sequence[int], generator: torch.Generator) -> Iterator[int]:
+    """`indices` in a new random order in each round, forever."""
     while True:
-        yield from torch.randperm(count, generator=generator).tolist()
+        for i in torch.randperm(len(indices), generator=generator).tolist():
+            yield indices[i]

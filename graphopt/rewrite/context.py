@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from graphopt.sites import Site
 
 _Item = TypeVar("_Item")
+# One batch in ten is kept from training.
+_EVERY = 10
 Track = Callable[[Iterable[Any], int | None, str], Iterator[Any]]
 
 
@@ -34,6 +36,17 @@ class Context:
     track: Track = _silent
     """Wraps a loop in a progress bar: (items, total, text)."""
     notes: list[str] = field(default_factory=list)
+
+    def held_out(self) -> list[int]:
+        """Calibration batches that no training sees, to judge by; all of them where there are too few to spare."""
+        count = len(self.calibration)
+        return list(range(_EVERY // 2, count, _EVERY)) if count >= _EVERY else list(range(count))
+
+    def training(self) -> list[int]:
+        """Calibration batches to train on."""
+        count = len(self.calibration)
+        held = set(self.held_out()) if count >= _EVERY else set()
+        return [i for i in range(count) if i not in held]
 
     def generator(self) -> torch.Generator:
         """A fresh seeded generator."""

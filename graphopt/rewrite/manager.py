@@ -76,7 +76,7 @@ def apply(
                 f"{item.name} was fitted on random inputs ({data.description}): the shapes and speed of the result "
                 "are real, its quality is not; give calibration data from your task"
             )
-    compared = data.batches[-_COMPARED:]
+    compared = data.batches[:: max(1, len(data) // _COMPARED)][:_COMPARED]
     report.outputs, report.samples = measure(graph, current, compared), len(compared)
     _check(items, report, min_cosine)
     return Result(current, report)

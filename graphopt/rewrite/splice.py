@@ -8,13 +8,23 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.errors import GraphOptError
 from graphopt.graph import Graph, attribute, fresh_attribute, set_attribute
 from graphopt.sites import Site
 
 
 class _FlatTracer(fx.Tracer):
-    """Traces through every submodule, so that only functions and weights remain."""
+    """Traces through every submodule, so that only functions and weights remain; takes a stated number of values."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self._inputs = inputs
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        # A replacement is written as forward(*values): how many there are, only the site knows.
+        proxies = [self.create_proxy("placeholder", f"value_{i}", (), {}) for i in range(self._inputs)]
+        return root_fn, [self.root, *proxies]
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
         return False
@@ -31,14 +41,9 @@ def splice(
         module: from the values of `site.inputs` to the value of `site.output`.
         stem: dotted name below which the module's weights are stored.
         example: values of `site.inputs`; the new nodes remember type and shape that they give (lowering asks).
-
-    Raises:
-        GraphOptError: the module takes another number of inputs than the site has.
     """
-    traced = _FlatTracer().trace(module)
+    traced = _FlatTracer(len(site.inputs)).trace(module)
     parameters = [n for n in traced.nodes if n.op == "placeholder"]
-    if len(parameters) != len(site.inputs):
-        raise GraphOptError(f"{stem}: the replacement takes {len(parameters)} values, site {site.name!r} has {len(site.inputs)}")
     if example:
         _annotate(module, traced, example)
     mapping: dict[fx.Node, Any] = dict(zip(parameters, site.inputs, strict=True))

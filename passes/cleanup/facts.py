@@ -1,0 +1,232 @@
+"""What is known of each value before anything runs: element type, shape, elements of shape arithmetic, constants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.dialect import Operator, operator_of
+from graphopt.graph import Graph, attribute
+from graphopt.onnxfile.tensors import TORCH_DTYPES
+
+from .dims import Dim, Shape, plain, static, symbol
+from .elements import MOST, Elements, elements_of
+from .folding import Folder
+from .inference import element_type, shape_of, split_shapes
+from .operators import operation
+
+# The torch function knows more than the table about these, if all sizes are static.
+_ASK_FUNCTION = frozenset({"Conv", "MaxPool", "AveragePool", "Resize", "Range"})
+# Before IR version 4 initialisers had to be listed as inputs, and could not be overridden.
+_IR_OF_DEFAULTS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Fact:
+    """Knowledge about one value; None means that nothing is known."""
+
+    dtype: torch.dtype | None = None
+    shape: Shape | None = None
+    elements: Elements | None = None
+    """Of int64 and boolean tensors with few elements."""
+    value: torch.Tensor | None = None
+    """Where it is the same for all inputs."""
+    parts: tuple[Fact, ...] = ()
+    """Of a node with several outputs."""
+
+
+UNKNOWN = Fact()
+
+
+def constant(value: torch.Tensor) -> Fact:
+    """All there is to know about a constant."""
+    few = value.dtype in (torch.int64, torch.bool) and value.numel() <= MOST
+    elements = tuple(value.reshape(-1).tolist()) if few else None
+    return Fact(value.dtype, tuple(value.shape), elements, value)
+
+
+class View:
+    """A call of an ONNX operator and the facts about its operands."""
+
+    def __init__(self, facts: Facts, node: fx.Node, entry: Operator) -> None:
+        self.node = node
+        self.name = entry.name
+        self.since = entry.since
+        self._facts = facts
+        self.arguments: Sequence[Fact] = [facts[a] if isinstance(a, fx.Node) else UNKNOWN for a in node.args]
+
+    def has(self, index: int) -> bool:
+        """Whether the operand is given."""
+        return index < len(self.node.args) and self.node.args[index] is not None
+
+    def argument(self, index: int) -> Fact:
+        """The facts about an operand."""
+        return self.arguments[index] if index < len(self.arguments) else UNKNOWN
+
+    def shape(self, index: int) -> Shape | None:
+        """An operand's shape."""
+        return self.argument(index).shape
+
+    def elements(self, index: int) -> Elements | None:
+        """An operand's elements, symbolic ones included."""
+        return self.argument(index).elements
+
+    def integers(self, index: int) -> tuple[int, ...] | None:
+        """A constant operand's elements."""
+        value = self.argument(index).value
+        if value is None or value.is_floating_point() or value.dtype == torch.bool or value.numel() > MOST:
+            return None
+        return tuple(value.reshape(-1).tolist())
+
+    def attribute(self, name: str, default: Any) -> Any:
+        """An attribute, or its default."""
+        return self.node.kwargs.get(name, default)
+
+    def tensor_attribute(self, name: str) -> torch.Tensor | None:
+        """The value of a tensor attribute."""
+        given = self.node.kwargs.get(name)
+        return self._facts.graph.weight(given) if isinstance(given, fx.Node) else None
+
+    def atom(self, axis: int) -> Dim:
+        """The symbol for an axis of the node's value about which nothing else is known."""
+        return symbol(f"{self.node.name}#{axis}")
+
+
+class Facts:
+    """The facts about the nodes of one graph; a node's operands are to be learnt before the node."""
+
+    def __init__(self, graph: Graph, folder: Folder) -> None:
+        self.graph = graph
+        self.folder = folder
+        self._known: dict[fx.Node, Fact] = {}
+        self._specs = dict(zip(graph.placeholders, graph.inputs, strict=True))
+        self._unusual = _unusual_weights(graph)
+        source: Any = graph.source
+        self._transient: frozenset[str] = getattr(source, "transient", frozenset())
+
+    def __getitem__(self, node: fx.Node) -> Fact:
+        return self._known.get(node, UNKNOWN)
+
+    def learn(self, node: fx.Node) -> Fact:
+        """Infer the facts about a node."""
+        if node not in self._known:
+            self._known[node] = self._infer(node)
+        return self._known[node]
+
+    def _infer(self, node: fx.Node) -> Fact:
+        if node.op == "get_attr":
+            return self._weight(node)
+        if node.op == "placeholder" and self.graph.onnx is not None:
+            spec = self._specs[node]
+            dtype = spec.dtype if isinstance(spec.dtype, torch.dtype) else None
+            # A name that two inputs share need not be one size: no runtime checks that.
+            dims = None if spec.shape is None else enumerate(spec.shape)
+            shape = dims and tuple(d if isinstance(d, int) else symbol(f"{node.name}#{i}") for i, d in dims)
+            return Fact(dtype, None if spec.shape is None else shape or ())
+        if operation(node) == "getitem":
+            whole, index = node.args
+            parts = self[whole].parts if isinstance(whole, fx.Node) else ()
+            if isinstance(index, int) and 0 <= index < len(parts):
+                return parts[index]
+        entry = operator_of(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]  # callable
+        if entry is not None:
+            return self._call(node, entry)
+        return self.folder.aten(node, self, _declared(node))
+
+    def _weight(self, node: fx.Node) -> Fact:
+        value = attribute(self.graph.module, str(node.target))
+        if not isinstance(value, torch.Tensor) or node.meta.get("onnx_name") in self._unusual:
+            return UNKNOWN
+        # A module's parameters and buffers may be trained or loaded anew; only what torch.export lifted is constant.
+        if self.graph.onnx is None and str(node.target) not in self._transient and not _ours(node):
+            return Fact(value.dtype, tuple(value.shape))
+        return constant(value.detach())
+
+    def _call(self, node: fx.Node, entry: Operator) -> Fact:
+        view = View(self, node, entry)
+        fact = Fact()
+        if entry.domain == "":
+            fact = Fact(element_type(view), shape_of(view), elements_of(view))
+        if node.kwargs.get("outputs", 1) > 1:
+            return self._several(view, entry, fact)
+        if fact.shape is None or fact.dtype is None or entry.name in _ASK_FUNCTION:
+            asked = self._ask_function(view, entry)
+            fact = replace(fact, dtype=asked.dtype or fact.dtype, shape=asked.shape or fact.shape)
+        if entry.name == "Shape" and fact.elements is not None:
+            fact = replace(fact, shape=(len(fact.elements),))
+        return self._evaluate(view, fact)
+
+    def _evaluate(self, view: View, fact: Fact) -> Fact:
+        if fact.elements is not None and fact.shape is not None and static(fact.elements) and static(fact.shape):
+            return constant(torch.tensor(fact.elements, dtype=fact.dtype).reshape(fact.shape))
+        if fact.elements is not None and (fact.shape is None or fact.dtype is None):
+            fact = replace(fact, elements=None)
+        value = self.folder.evaluate(view, fact)
+        return fact if value is None else constant(value)
+
+    def _several(self, view: View, entry: Operator, first: Fact) -> Fact:
+        count = int(view.node.kwargs["outputs"])
+        if entry.name == "Split" and entry.domain == "":
+            parts = tuple(Fact(view.argument(0).dtype, shape) for shape in split_shapes(view, count))
+        else:
+            parts = (replace(first, elements=None), *self._ask_function(view, entry).parts[1:])
+        return Fact(parts=parts)
+
+    def _ask_function(self, view: View, entry: Operator) -> Fact:
+        """Run the torch function on tensors without data, where all sizes are static."""
+        if any(view.has(i) and view.argument(i).value is None for i in entry.values):
+            return UNKNOWN
+        args: list[Any] = []
+        for index, given in enumerate(view.node.args):
+            fact = view.argument(index)
+            if given is None:
+                args.append(None)
+            elif index in entry.values:
+                args.append(fact.value)
+            elif fact.dtype is not None and fact.shape is not None and static(fact.shape):
+                args.append(torch.empty(fact.shape, dtype=fact.dtype, device="meta"))
+            else:
+                return UNKNOWN
+        return _asked(entry, args, self.folder.keywords(view.node))
+
+
+def _asked(entry: Operator, args: list[Any], kwargs: dict[str, Any]) -> Fact:
+    try:
+        result = entry.function(*args, **kwargs)
+    except Exception:  # a dialect function raises whatever torch does on what it does not cover
+        return UNKNOWN
+    if isinstance(result, torch.Tensor):
+        return Fact(result.dtype, tuple(result.shape))
+    if isinstance(result, tuple) and all(isinstance(r, torch.Tensor) for r in result):
+        return Fact(parts=tuple(Fact(r.dtype, tuple(r.shape)) for r in result))
+    return UNKNOWN
+
+
+def _declared(node: fx.Node) -> Fact:
+    """What torch.export recorded; its symbols are bound by the guards of the export."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return UNKNOWN
+    return Fact(value.dtype, tuple(d if isinstance(d, int) else plain(d.node.expr) for d in value.shape))
+
+
+def _ours(node: fx.Node) -> bool:
+    return str(node.target).startswith("graphopt.cleanup.")
+
+
+def _unusual_weights(graph: Graph) -> set[str]:
+    """ONNX names of weights whose torch value is not the whole story: overridable ones, and packed types."""
+    if graph.onnx is None:
+        return set()
+    proto = graph.onnx.proto
+    overridable = {i.name for i in proto.graph.input} if proto.ir_version >= _IR_OF_DEFAULTS else set()
+    found = {t.name for t in proto.graph.initializer if t.name in overridable or t.data_type not in TORCH_DTYPES}
+    found |= {s.values.name for s in proto.graph.sparse_initializer if s.values.name in overridable}
+    for node in proto.graph.node:
+        if node.op_type == "Constant" and any(a.HasField("t") and a.t.data_type not in TORCH_DTYPES for a in node.attribute):
+            found.update(node.output)
+    return found

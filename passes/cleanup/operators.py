@@ -1,0 +1,116 @@
+"""What a node computes, by one name for dialect functions, ATen overloads and opaque nodes; and what may not be touched."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import onnx
+import torch
+from torch import fx
+
+from graphopt.dialect import operator_of
+from graphopt.graph import Graph
+from graphopt.opaque import OpaqueOperator
+
+_RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"}
+    # Generation loops of com.microsoft draw tokens.
+    | {"Sampling"}
+)
+
+
+def operation(node: fx.Node) -> str:
+    """`Reshape`, `com.microsoft::Gelu`, `aten.view.default`, `opaque If`, `getitem`; else the kind of fx node."""
+    if node.op == "call_function":
+        return _function_name(node.target)
+    proto = opaque_proto(node)
+    if proto is None:
+        return node.op
+    return f"opaque {_qualified(proto.domain, proto.op_type)}"
+
+
+@functools.cache
+def _function_name(target: Any) -> str:
+    if target is operator.getitem:
+        return "getitem"
+    entry = operator_of(target)
+    if entry is not None:
+        return _qualified(entry.domain, entry.name)
+    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+
+
+def _qualified(domain: str, name: str) -> str:
+    return name if domain in ("", "ai.onnx") else f"{domain}::{name}"
+
+
+def opaque_proto(node: fx.Node) -> onnx.NodeProto | None:
+    """The ONNX node behind an opaque node, else None."""
+    if node.op != "call_module" or node.graph.owning_module is None:
+        return None
+    module = node.graph.owning_module.get_submodule(str(node.target))
+    return module.proto if isinstance(module, OpaqueOperator) else None
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether the node writes into one of its operands; then no two equal nodes need have equal values."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def pure(node: fx.Node, functions: Iterable[onnx.FunctionProto] = ()) -> bool:
+    """Whether equal operands always give equal values; where that is unknown, no.
+
+    Args:
+        node: any node.
+        functions: the model-local functions that an opaque node may call.
+    """
+    proto = opaque_proto(node)
+    if proto is not None:
+        return not _draws([proto], {(f.domain, f.name): f for f in functions}, set())
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        return node.target._qualified_op_name.startswith("graphopt::")
+    return node.target is operator.getitem or operator_of(node.target) is not None  # type: ignore[arg-type]  # callable
+
+
+def _draws(nodes: Iterable[onnx.NodeProto], functions: dict[Any, onnx.FunctionProto], seen: set[Any]) -> bool:
+    """Whether one of the nodes, in subgraphs and called functions too, is random."""
+    for node in nodes:
+        if node.op_type in _RANDOM:
+            return True
+        function = functions.get((node.domain, node.op_type))
+        if function is not None and (node.domain, node.op_type) not in seen:
+            seen.add((node.domain, node.op_type))
+            if _draws(function.node, functions, seen):
+                return True
+        if any(_draws(graph.node, functions, seen) for graph in _subgraphs(node)):
+            return True
+    return False
+
+
+def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def random_downstream(graph: Graph) -> set[fx.Node]:
+    """The nodes whose values differ from run to run: random ones, and all that depend on them."""
+    functions = graph.onnx.proto.functions if graph.onnx is not None else ()
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        proto = opaque_proto(node)
+        drawn = (proto is not None and not pure(node, functions)) or (
+            isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        )
+        if drawn or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found

@@ -1,0 +1,164 @@
+"""load + save of real models: the same graph, field by field, and the same outputs."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+import graphopt
+from graphopt.backends.onnx.emit import _Emitter
+
+
+def zoo_entries(root):
+    for folder in ("zoo", "zoo_extra"):
+        index = root / folder / "index.json"
+        if index.exists():
+            for entry in json.loads(index.read_text()):
+                yield root / folder / entry["file"], entry
+
+
+def feeds_of(entry):
+    rng = np.random.default_rng(entry["seed"])
+    feeds = {}
+    for spec in entry["inputs"]:
+        if spec["dtype"] == "bool":
+            feeds[spec["name"]] = np.ones(spec["shape"], bool)
+        elif spec["range"] == "normal":
+            feeds[spec["name"]] = rng.standard_normal(spec["shape"]).astype(spec["dtype"])
+        else:
+            low, high = spec["range"]
+            feeds[spec["name"]] = rng.integers(low, high, spec["shape"]).astype(spec["dtype"])
+    return feeds
+
+
+def run(path, feeds):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, feeds)
+
+
+def assert_same(a, b):
+    if isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, dict):
+        assert a == b
+    else:
+        np.testing.assert_array_equal(a, b)
+
+
+def test_every_zoo_model_comes_back_identical(shared_data, tmp_path):
+    count = 0
+    for path, entry in zoo_entries(shared_data):
+        saved = tmp_path / path.parent.name / path.name
+        saved.parent.mkdir(exist_ok=True)
+        graphopt.load(path).save(saved)
+        before, after = (onnx.load(p, load_external_data=False) for p in (path, saved))
+        assert after == before, f"{path.name} changed"  # protobuf equality: every field of every message
+        assert_same(run(path, feeds_of(entry)), run(saved, feeds_of(entry)))
+        count += 1
+    assert count >= 97
+
+
+def test_every_zoo_model_is_rebuilt_from_its_graph(shared_data):
+    """The same without the short cut for unchanged graphs: every message assembled from the fx graph."""
+    for path, _ in zoo_entries(shared_data):
+        graph = graphopt.load(path)
+        proto = graph.onnx.proto
+        emitter = _Emitter(graph, proto, graph.onnx.opset(), "onnx")
+        emitter.run()
+        rebuilt = emitter._assemble()
+        # The fx graph is sorted; some files are not, and onnxruntime runs them all the same.
+        rebuilt.graph.node.sort(key=lambda n: n.SerializeToString(deterministic=True))
+        expected = onnx.ModelProto()
+        expected.CopyFrom(proto)
+        expected.graph.node.sort(key=lambda n: n.SerializeToString(deterministic=True))
+        assert rebuilt == expected, path.name
+
+
+def odd_model():
+    """What other tools drop: a sparse initialiser, metadata, doc strings, an unused weight, non-ASCII names."""
+    helper, P = onnx.helper, onnx.TensorProto
+    sparse = helper.make_sparse_tensor(
+        helper.make_tensor("W", P.FLOAT, [2], [2.0, 3.0]), helper.make_tensor("W_at", P.INT64, [2], [0, 3]), [2, 2]
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["größe", "W"], ["h"], name="", doc_string="a product"),
+            helper.make_node("If", ["c"], ["y"], then_branch=_branch("Relu"), else_branch=_branch("Neg")),
+        ],
+        "odd",
+        [
+            helper.make_tensor_value_info("größe", P.FLOAT, ["batch", 2]),
+            helper.make_tensor_value_info("c", P.BOOL, []),
+        ],
+        [helper.make_tensor_value_info("y", P.FLOAT, ["batch", 2])],
+        [helper.make_tensor("unused", P.FLOAT, [1], [1.0])],
+        sparse_initializer=[sparse],
+        doc_string="a graph",
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    helper.set_model_props(model, {"author": "Zoë"})
+    return model
+
+
+def _branch(op_type):
+    helper = onnx.helper
+    node = helper.make_node(op_type, ["h"], ["b"])
+    return helper.make_graph([node], op_type, [], [helper.make_tensor_value_info("b", 1, None)])
+
+
+def test_what_other_tools_drop(tmp_path):
+    path, saved = tmp_path / "odd.onnx", tmp_path / "saved.onnx"
+    onnx.save(odd_model(), path)
+    graph = graphopt.load(path)
+    graph.save(saved)
+    assert onnx.load(saved) == odd_model()
+    x = np.array([[1.0, -2.0]], np.float32)
+    for choice, expected in ((True, [[2.0, 0.0]]), (False, [[-2.0, 6.0]])):
+        assert graph.run({"größe": x, "c": np.array(choice)})["y"].tolist() == expected
+
+
+@pytest.mark.parametrize("where", ["same folder", "other folder", "occupied folder"])
+def test_external_data_follows_the_model(tmp_path, where):
+    source = tmp_path / "source"
+    source.mkdir()
+    weights = np.arange(4096, dtype=np.float32).reshape(64, 64)
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])],
+            "g",
+            [onnx.helper.make_tensor_value_info("x", 1, [1, 64])],
+            [onnx.helper.make_tensor_value_info("y", 1, [1, 64])],
+            [onnx.numpy_helper.from_array(weights, "w")],
+        ),
+        opset_imports=[onnx.helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    onnx.save(model, source / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    target = source if where == "same folder" else tmp_path / "target"
+    target.mkdir(exist_ok=True)
+    if where == "occupied folder":
+        (target / "m.data").write_bytes(b"somebody else's")
+    graphopt.load(source / "m.onnx").save(target / "out.onnx")
+    x = np.ones((1, 64), np.float32)
+    np.testing.assert_array_equal(run(target / "out.onnx", {"x": x})[0], x @ weights)
+    if where == "occupied folder":
+        assert (target / "m.data").read_bytes() == b"somebody else's"
+    assert not list(target.glob(".*")), "temporary files stay behind"
+
+
+def test_weights_move_out_on_request(tmp_path):
+    path = tmp_path / "m.onnx"
+    value = np.random.default_rng(0).standard_normal((128, 128)).astype(np.float32)
+    model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["": 17]> g (float[1,128] x) => (float[1,128] y) { y = MatMul(x, w) }')
+    model.graph.initializer.append(onnx.numpy_helper.from_array(value, "w"))
+    onnx.save(model, path)
+    graphopt.load(path).save(tmp_path / "out.onnx", external=True)
+    assert (tmp_path / "out.onnx").stat().st_size < 1000
+    assert (tmp_path / "out.onnx.data").stat().st_size >= value.nbytes
+    x = np.ones((1, 128), np.float32)
+    assert_same(run(path, {"x": x}), run(tmp_path / "out.onnx", {"x": x}))
