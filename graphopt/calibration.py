@@ -80,10 +80,10 @@ def _from_npz(graph: Graph, path: Path) -> list[tuple[Any, ...]]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, AttributeError) as error:
         raise GraphOptError(f"expected an .npz file of arrays, but {path} cannot be read as one: {error}") from error
-    if not arrays:
-        raise GraphOptError(f"expected arrays in {path}, but it is empty")
+    if not arrays or not all(a.size for a in arrays.values()):
+        raise GraphOptError(f"expected arrays with values in {path}, but one is empty or there is none")
     return [_flat(graph, feeds, str(path)) for feeds in _split(graph, arrays, path)]
 
 

@@ -21,8 +21,8 @@ _NUMBERS = (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat)
 class Calling:
     """The calling convention of an exported module.
 
-    An exported graph keeps only the values that can vary. The others (None, flags, strings) became part of the
-    graph; a call has to repeat them, or leave them out where the module has the same default.
+    An exported graph keeps only the values that can vary. The others (None, flags, strings) are part of it: a
+    call has to repeat them, or leave them out where the module has the same default.
     """
 
     signature: inspect.Signature
@@ -93,8 +93,11 @@ class Calling:
                 raise GraphOptError(f"argument {name!r} was given twice, by position and by name")
             given[name] = value
         defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+        # What falls into `**kwargs` has no default that could be looked up; None asks for it all the same.
+        anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for name, value in given.items():
-            if name not in wanted and not (name in defaults and _same(value, defaults[name])):
+            known = name in parameters or anything
+            if name not in wanted and not (known and _same(value, defaults.get(name))):
                 raise GraphOptError(
                     f"argument {name!r} was not among the example inputs, so the graph has no input for it; "
                     f"export with it, or call with {', '.join(wanted)}"
@@ -116,13 +119,19 @@ class Calling:
         return f"input {index}"
 
 
-def signature_of(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature without annotations, which may refer to names that only its module knows."""
+def signature_of(function: Callable[..., Any], keywords: Iterable[str] = ()) -> inspect.Signature:
+    """The signature without annotations, which may refer to names that only its module knows.
+
+    Args:
+        function: what is called.
+        keywords: names used in a call; those that fall into `**kwargs` become parameters of their own.
+    """
     signature = inspect.signature(function)
-    return signature.replace(
-        parameters=[p.replace(annotation=p.empty) for p in signature.parameters.values()],
-        return_annotation=signature.empty,
-    )
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        extra = [name for name in keywords if name not in signature.parameters]
+        parameters[-1:-1] = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    return inspect.Signature(parameters)
 
 
 def output_names(spec: pytree.TreeSpec) -> list[str]:

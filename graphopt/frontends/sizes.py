@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +24,35 @@ def export_shapes(shapes: Any) -> Any:
     if isinstance(shapes, (list, tuple)):
         return type(shapes)(export_shapes(value) for value in shapes)
     return shapes
+
+
+def complete_shapes(shapes: Any, signature: inspect.Signature, bound: Mapping[str, Any]) -> Any:
+    """Dynamic shapes as torch.export wants them: with every argument, where the user names the dynamic ones.
+
+    Args:
+        shapes: what the user gave.
+        signature: of `forward`.
+        bound: the example's arguments by parameter.
+    """
+    if not isinstance(shapes, Mapping):
+        return shapes
+    complete = dict(shapes)
+    for parameter in signature.parameters.values():
+        # torch's own spelling of what falls into `**kwargs`: a dict under that name.
+        if parameter.kind is parameter.VAR_KEYWORD and parameter.name not in bound:
+            complete.update(complete.pop(parameter.name, None) or {})
+    for name, value in bound.items():
+        complete.setdefault(name, _static(value))
+    return complete
+
+
+def _static(value: Any) -> Any:
+    """No dynamic size anywhere in `value`; torch.export takes a plain None only for a leaf."""
+    if isinstance(value, Mapping):
+        return {key: _static(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_static(inner) for inner in value] if isinstance(value, list) else tuple(map(_static, value))
+    return None
 
 
 def size_of(size: int | torch.SymInt, symbols: Mapping[Any, str]) -> int | str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch.utils import _pytree as pytree
 from graphopt.errors import GraphOptError
 from graphopt.frontends.calling import Calling, output_names, signature_of
 from graphopt.frontends.regions import inline_regions, put_constant
-from graphopt.frontends.sizes import dynamic_sizes, export_shapes, size_of, symbol_names
+from graphopt.frontends.sizes import complete_shapes, dynamic_sizes, export_shapes, size_of, symbol_names
 from graphopt.graph import Graph, TorchSource, ValueSpec
 from graphopt.onnxfile.tensors import from_numpy
 
@@ -53,8 +56,8 @@ def load_torch(
 
     Args:
         source: an nn.Module, usually in eval mode, or an ExportedProgram.
-        example_inputs: positional arguments as a tuple, or keyword arguments as a mapping; an ExportedProgram has
-            its own.
+        example_inputs: positional arguments as a tuple, or keyword arguments as a mapping; an ExportedProgram
+            has its own.
         dynamic_shapes: as for `torch.export.export`; a plain string names a dynamic size too.
 
     Raises:
@@ -69,11 +72,13 @@ def load_torch(
     else:
         source = getattr(source, "_orig_mod", source)  # torch.compile's wrapper
         args, kwargs = _split(example_inputs)
-        program, shapes = _export(source, args, kwargs, dynamic_shapes), dynamic_shapes
-        signature = signature_of(source.forward)
+        signature = signature_of(source.forward, kwargs)
+        shapes = complete_shapes(dynamic_shapes, signature, _bind(signature, args, kwargs))
+        program = _export(source, signature, args, kwargs, export_shapes(shapes))
         state = source.state_dict(keep_vars=True)
-        class_name, training = type(source).__name__, source.training
+        class_name, training = type(source).__name__, any(part.training for part in source.modules())
     module, calling = _unlift(program, signature, class_name)
+    module.train(training)
     symbols = symbol_names(module, calling, args, kwargs, shapes)
     names = frozenset(str(n.target) for n in module.graph.nodes if n.op == "get_attr")
     source_info = ModuleSource(
@@ -100,8 +105,8 @@ def _split(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not isinstance(example_inputs, (tuple, list, Mapping)):
         found = "none" if example_inputs is None else type(example_inputs).__name__
         raise GraphOptError(
-            "expected example_inputs as a tuple of positional or a dict of keyword arguments to trace the module "
-            f"with, got {found}; for one tensor x pass (x,)"
+            "expected example_inputs to trace the module with, as a tuple of positional or a dict of keyword "
+            f"arguments, got {found}; for one tensor x pass (x,)"
         )
     seen: set[int] = set()
 
@@ -119,6 +124,13 @@ def _split(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return pytree.tree_map(distinct, tuple(example_inputs)), {}
 
 
+def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    try:
+        return signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise GraphOptError(f"expected example_inputs that fit forward{signature}, but {error}") from error
+
+
 def _register_caches() -> None:
     """Let the key-value caches of transformers pass as inputs and outputs, if that library is in use."""
     if "transformers.cache_utils" not in sys.modules:
@@ -132,21 +144,49 @@ def _register_caches() -> None:
 
 
 def _export(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+    module: torch.nn.Module,
+    signature: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    shapes: Any,
 ) -> ExportedProgram:
     reasons = []
     for strict in (False, True):
         try:
-            return torch.export.export(
-                module, args, kwargs, dynamic_shapes=export_shapes(shapes), strict=strict
-            )
+            with _called_as(module, signature):
+                return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=strict)
         except Exception as error:  # tracing runs the module's own code, which may raise anything
             first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-            reasons.append(f"{type(error).__name__}: {first}")
+            reasons.append(f"{type(error).__name__}: {textwrap.shorten(first, 240)}")
             cause = error
+    second = "the same" if reasons[0] == reasons[1] else reasons[1]
+    advice = "; set config.use_cache = False" if "cache_utils" in reasons[0] else ""
     raise GraphOptError(
-        f"torch.export could not trace {type(module).__name__}: {reasons[0]} (in strict mode: {reasons[1]})"
+        f"torch.export could not trace {type(module).__name__}: {reasons[0]} "
+        f"(in strict mode: {second}){advice}"
     ) from cause
+
+
+@contextmanager
+def _called_as(module: torch.nn.Module, signature: inspect.Signature) -> Iterator[None]:
+    """Let `forward` show `signature`: torch.export (to 2.13) fails on dynamic shapes beside `**kwargs`."""
+    if signature == signature_of(module.forward):
+        yield
+        return
+    own, forward = vars(module).get("forward"), module.forward
+
+    @functools.wraps(forward)
+    def spelled_out(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    spelled_out.__signature__ = signature  # type: ignore[attr-defined]
+    vars(module)["forward"] = spelled_out
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
 
 
 def _unlift(
@@ -166,7 +206,6 @@ def _unlift(
         )
     graph.output(results)
     module = fx.GraphModule(stateful, graph, class_name=class_name)
-    module.train(stateful.training)
     inline_regions(module)
     _clean(graph)
     names, fixed = _fix_constants(module, program)
