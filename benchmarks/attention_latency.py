@@ -131,8 +131,26 @@ def run() -> None:
                 )
                 results.append({"threads": threads, "length": length, "site": site, "model": whole})
                 spread = f"{site['ratio_q1']:.2f}-{site['ratio_q3']:.2f}"
-                rows.append([threads, length, site["original_ms"], site["linear_ms"], site["ratio"], spread, whole["ratio"]])
+                rows.append(
+                    [
+                        threads,
+                        length,
+                        site["original_ms"],
+                        site["linear_ms"],
+                        site["ratio"],
+                        spread,
+                        whole["ratio"],
+                    ]
+                )
                 print(rows[-1], file=sys.stderr)
-    columns = ["threads", "length", "original ms", "linear ms", "site ratio", "quartiles", "whole-model ratio"]
+    columns = [
+        "threads",
+        "length",
+        "original ms",
+        "linear ms",
+        "site ratio",
+        "quartiles",
+        "whole-model ratio",
+    ]
     show("One attention site (B 1, H 12, D 32), original / linear", columns, rows)
     store("attention_latency", {"rows": results})

@@ -27,7 +27,11 @@ RUNS = 3
 
 TOOLS = {
     "graphopt": ("import graphopt", "m = graphopt.load(source)", "m.save(target)"),
-    "onnx_ir": ("import onnx_ir", "m = onnx_ir.load(source)", "onnx_ir.save(m, target, external_data='model.onnx.data')"),
+    "onnx_ir": (
+        "import onnx_ir",
+        "m = onnx_ir.load(source)",
+        "onnx_ir.save(m, target, external_data='model.onnx.data')",
+    ),
     "onnxscript.optimizer": (
         "import onnx_ir, onnxscript.optimizer",
         "m = onnx_ir.load(source); onnxscript.optimizer.optimize(m)",
@@ -68,7 +72,9 @@ def build(path: Path) -> None:
             for key, value in span.items():
                 tensor.external_data.add(key=key, value=str(value))
             data.write((block * (i + 1)).tobytes())
-            graph.node.append(onnx.helper.make_node("MatMul", [f"x{i}", tensor.name], [f"h{i}"], name=f"product{i}"))
+            graph.node.append(
+                onnx.helper.make_node("MatMul", [f"x{i}", tensor.name], [f"h{i}"], name=f"product{i}")
+            )
             graph.node.append(onnx.helper.make_node("Relu", [f"h{i}"], [f"x{i + 1}"], name=f"relu{i}"))
     opsets = [onnx.helper.make_opsetid("", 17)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
@@ -80,9 +86,13 @@ def measure(tool: str, source: Path, target: Path) -> dict[str, Any]:
     command = [sys.executable, "-c", program, str(source), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1] if done.stderr else f"exit code {done.returncode}"}
+        return {
+            "error": done.stderr.strip().splitlines()[-1] if done.stderr else f"exit code {done.returncode}"
+        }
     figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    figures["same_data"] = filecmp.cmp(source.parent / "model.onnx.data", target.parent / "model.onnx.data", False)
+    figures["same_data"] = filecmp.cmp(
+        source.parent / "model.onnx.data", target.parent / "model.onnx.data", False
+    )
     return figures
 
 
@@ -111,6 +121,18 @@ def run() -> None:
         middle = {k: float(np.median([f[k] for f in found])) for k in keys}
         result[tool] = {"median": middle, "rounds": found}
         extra = middle["loaded_mb"] - middle["import_mb"]
-        rows.append([tool, *(middle[k] for k in ("load_s", "save_s", "loaded_mb")), extra, middle["peak_mb"], found[0]["same_data"]])
-    show("3.2 GB of external data", ["tool", "load s", "save s", "RSS loaded MB", "of it by load", "peak MB", "data same"], rows)
+        rows.append(
+            [
+                tool,
+                *(middle[k] for k in ("load_s", "save_s", "loaded_mb")),
+                extra,
+                middle["peak_mb"],
+                found[0]["same_data"],
+            ]
+        )
+    show(
+        "3.2 GB of external data",
+        ["tool", "load s", "save s", "RSS loaded MB", "of it by load", "peak MB", "data same"],
+        rows,
+    )
     store("large_model", {"bytes": LAYERS * WIDTH * WIDTH * 4, "tools": result})

@@ -54,12 +54,11 @@ def transform(
         CheckFailed: a verification missed its tolerance.
     """
     graph = load(module, example_inputs, dynamic_shapes)
-    return graph.apply(passes, calibration=calibration, seed=seed, **options).graph.to_module()
+    result = graph.apply(passes, calibration=calibration, seed=seed, **options)
+    return result.graph.to_module()
 
 
-def verify(
-    a: Any, b: Any, inputs: Any, *, rtol: float | None = None, atol: float | None = None
-) -> Any:
+def verify(a: Any, b: Any, inputs: Any, *, rtol: float | None = None, atol: float | None = None) -> Any:
     """Compare two models on the same inputs; see `graphopt.verify.compare`."""
     from graphopt.verify.compare import compare
 

@@ -1,7 +1,7 @@
 """Measuring two models side by side: alternating runs in one process, medians, and how far they spread.
 
-A machine's speed drifts with its temperature and its neighbours. Runs of the two models alternate, so that both see
-the same drift, and the ratio is taken pair by pair, so that it cancels.
+A machine's speed drifts with its temperature and its neighbours. Runs of the two models alternate, so that
+both see the same drift, and the ratio is taken pair by pair, so that it cancels.
 """
 
 from __future__ import annotations
@@ -92,7 +92,11 @@ class Timing:
         ratio = self.ratio
         data: dict[str, Any] = {"a_seconds": Spread.of(self.a).to_dict(), "a_samples": list(self.a)}
         if ratio is not None:
-            data |= {"b_seconds": Spread.of(self.b).to_dict(), "b_samples": list(self.b), "ratio": ratio.to_dict()}
+            data |= {
+                "b_seconds": Spread.of(self.b).to_dict(),
+                "b_samples": list(self.b),
+                "ratio": ratio.to_dict(),
+            }
             data["verdict"] = self.verdict()
         return {**data, "runs_per_sample": list(self.repeats[: 1 + bool(self.b)])}
 

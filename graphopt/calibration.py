@@ -59,7 +59,9 @@ def calibration_for(
     if isinstance(source, (str, Path)):
         return _from_path(graph, Path(source))
     if not isinstance(source, Iterable):
-        raise GraphOptError(f"expected calibration data as a path, an iterable or a number, got {type(source).__name__}")
+        raise GraphOptError(
+            f"expected calibration data as a path, an iterable or a number, got {type(source).__name__}"
+        )
     batches = [_flat(graph, item, f"calibration item {i}") for i, item in enumerate(source)]
     if not batches:
         raise GraphOptError("expected calibration data, but the iterable is empty")
@@ -81,7 +83,9 @@ def _from_npz(graph: Graph, path: Path) -> list[tuple[Any, ...]]:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, AttributeError) as error:
-        raise GraphOptError(f"expected an .npz file of arrays, but {path} cannot be read as one: {error}") from error
+        raise GraphOptError(
+            f"expected an .npz file of arrays, but {path} cannot be read as one: {error}"
+        ) from error
     if not arrays or not all(a.size for a in arrays.values()):
         raise GraphOptError(f"expected arrays with values in {path}, but one is empty or there is none")
     return [_flat(graph, feeds, str(path)) for feeds in _split(graph, arrays, path)]
@@ -120,7 +124,9 @@ def _flat(graph: Graph, item: Any, where: str) -> tuple[Any, ...]:
     elif isinstance(item, (tuple, list)) and len(item) == len(graph.inputs):
         feeds = {spec.name: value for spec, value in zip(graph.inputs, item, strict=True)}
     else:
-        raise GraphOptError(f"{where}: expected a dict of inputs or {len(graph.inputs)} values, got {type(item).__name__}")
+        raise GraphOptError(
+            f"{where}: expected a dict of inputs or {len(graph.inputs)} values, got {type(item).__name__}"
+        )
     try:
         values = [from_numpy(v) if isinstance(v, np.ndarray) else v for v in graph.ordered(feeds)]
     except GraphOptError as error:

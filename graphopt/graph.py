@@ -12,13 +12,14 @@ import numpy as np
 import onnx
 import torch
 from torch import fx
+from torch.fx import Node
 
 from graphopt.errors import GraphOptError
 from graphopt.onnxfile import OnnxFile
 from graphopt.onnxfile.tensors import from_numpy, to_numpy
 
 if TYPE_CHECKING:
-    from graphopt.rewrite.result import Result
+    from graphopt.rewrite.report import Result
     from graphopt.sites.base import Refusal, Site
 
 Dim = int | str | None
@@ -98,7 +99,7 @@ class Graph:
         return self.module.graph
 
     @property
-    def nodes(self) -> Iterable[fx.Node]:
+    def nodes(self) -> Iterable[Node]:
         """All fx nodes, producers first."""
         return self.module.graph.nodes
 
@@ -108,16 +109,16 @@ class Graph:
         return self.source if isinstance(self.source, OnnxFile) else None
 
     @property
-    def placeholders(self) -> tuple[fx.Node, ...]:
+    def placeholders(self) -> tuple[Node, ...]:
         """The input nodes, in the order of `inputs`."""
         return tuple(n for n in self.nodes if n.op == "placeholder")
 
     @property
-    def results(self) -> tuple[fx.Node, ...]:
+    def results(self) -> tuple[Node, ...]:
         """The nodes whose values are the outputs, in the order of `outputs`."""
         return tuple(output_values(self.module.graph))
 
-    def weight(self, node: fx.Node) -> Any:
+    def weight(self, node: Node) -> Any:
         """The value behind a `get_attr` node."""
         return attribute(self.module, str(node.target))
 
@@ -147,7 +148,9 @@ class Graph:
         names = [spec.name for spec in self.inputs]
         for name in feeds:
             if name not in names:
-                raise GraphOptError(f"the model has no input {name!r}; its inputs are {', '.join(map(repr, names))}")
+                raise GraphOptError(
+                    f"the model has no input {name!r}; its inputs are {', '.join(map(repr, names))}"
+                )
         for spec in self.inputs:
             if spec.name not in feeds:
                 raise GraphOptError(f"expected a value for input {spec}, but none was given")
@@ -157,7 +160,7 @@ class Graph:
     def copy(self) -> Graph:
         """An independent graph that shares the weights."""
         twin = fx.Graph(tracer_cls=self.fx._tracer_cls)
-        mapping: dict[fx.Node, fx.Node] = {}
+        mapping: dict[Node, Node] = {}
         result = twin.graph_copy(self.fx, mapping)
         output = next(n for n in self.nodes if n.op == "output")
         node = twin.output(result)
@@ -175,7 +178,9 @@ class Graph:
             if node.op == "get_attr":
                 attribute(self.module, str(node.target))
 
-    def apply(self, passes: str | Sequence[Any], *, calibration: Any = None, seed: int = 0, **options: Any) -> Result:
+    def apply(
+        self, passes: str | Sequence[Any], *, calibration: Any = None, seed: int = 0, **options: Any
+    ) -> Result:
         """Run passes and verify each rewrite; this graph is left as it is.
 
         Args:
@@ -283,7 +288,9 @@ def check_value(spec: ValueSpec, value: Any) -> None:
     dtype = from_numpy(np.empty(0, value.dtype)) if isinstance(value, np.ndarray) else value
     found = getattr(dtype, "dtype", None)
     if isinstance(spec.dtype, torch.dtype) and isinstance(found, torch.dtype) and found != spec.dtype:
-        raise GraphOptError(f"expected input {spec}, but the given array is {str(found).removeprefix('torch.')}")
+        raise GraphOptError(
+            f"expected input {spec}, but the given array is {str(found).removeprefix('torch.')}"
+        )
     fits = len(shape) == len(spec.shape) and all(
         not isinstance(want, int) or int(got) == want for want, got in zip(spec.shape, shape, strict=True)
     )

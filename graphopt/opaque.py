@@ -123,7 +123,9 @@ def as_constant(name: str, proto: onnx.TensorProto, value: Any) -> onnx.TensorPr
 
 def _type_of(value: Any) -> onnx.TypeProto:
     if isinstance(value, (list, tuple)):
-        element = _type_of(value[0]) if value else onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
+        element = (
+            _type_of(value[0]) if value else onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
+        )
         return onnx.helper.make_sequence_type_proto(element)
     if isinstance(value, torch.Tensor):
         return onnx.helper.make_tensor_type_proto(ONNX_DTYPES[value.dtype], list(value.shape))

@@ -51,4 +51,6 @@ def _load(group: str, noun: str, name: str) -> Any:
     try:
         return entries[name].load()
     except ImportError as error:
-        raise GraphOptError(f"the {noun} {name!r} from {entries[name].value} cannot be imported: {error}") from error
+        raise GraphOptError(
+            f"the {noun} {name!r} from {entries[name].value} cannot be imported: {error}"
+        ) from error

@@ -32,7 +32,9 @@ def random_inputs(graph: Graph, seed: int = 0, sizes: Mapping[str, int] | None =
     known = {d for spec in graph.inputs for d in spec.shape or () if isinstance(d, str)}
     for name in sizes:
         if name not in known:
-            raise GraphOptError(f"the model has no symbolic dim {name!r}; it has {', '.join(sorted(known)) or 'none'}")
+            raise GraphOptError(
+                f"the model has no symbolic dim {name!r}; it has {', '.join(sorted(known)) or 'none'}"
+            )
     generator = torch.Generator().manual_seed(seed)
     limits = index_limits(graph)
     return tuple(_random(spec, limits.get(spec.name), sizes, generator) for spec in graph.inputs)
@@ -84,8 +86,8 @@ def _table_rows(graph: Graph, user: fx.Node) -> int | None:
     table = user.args[0]
     if table.op != "get_attr" or user.kwargs.get("axis", 0) != 0:
         return None
-    shape = getattr(graph.weight(table), "shape", ())
-    return int(shape[0]) if len(shape) else None
+    value = graph.weight(table)
+    return len(value) if getattr(value, "ndim", 0) else None
 
 
 def describe_ranges(graph: Graph) -> str:

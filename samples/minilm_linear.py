@@ -22,10 +22,11 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from pydoc_data.topics import topics
+
 import numpy as np
 import onnxruntime
 import torch
-from pydoc_data.topics import topics
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
@@ -41,7 +42,9 @@ class SentenceEncoder(torch.nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weight = attention_mask.unsqueeze(-1).to(tokens.dtype)
         mean = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
@@ -137,7 +140,12 @@ def main() -> None:
     started = time.perf_counter()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    original, linear, calibration, held_out = out / "minilm.onnx", out / "minilm-linear.onnx", out / "calib", out / "held"
+    original, linear, calibration, held_out = (
+        out / "minilm.onnx",
+        out / "minilm-linear.onnx",
+        out / "calib",
+        out / "held",
+    )
     print("Exporting all-MiniLM-L6-v2 with dynamic batch and length ...", flush=True)
     export_encoder(original)
     texts = sentences()
@@ -151,10 +159,14 @@ def main() -> None:
     passes = ["--pass", "cleanup", "--pass", f"linearize{{method=hedgehog,fit_steps={options.fit_steps}}}"]
     graphopt("transform", original, "-o", linear, "--force", *passes, "--calib", calibration)
     graphopt("verify", original, linear, "--calib", held_out)
-    graphopt("bench", original, linear, *(w for n in LENGTHS for w in ("--dim", f"seq={n}")), "--dim", "batch=1")
+    graphopt(
+        "bench", original, linear, *(w for n in LENGTHS for w in ("--dim", f"seq={n}")), "--dim", "batch=1"
+    )
 
     cosine = mean_cosine(original, linear, held_out)
-    print(f"\nMean cosine of the embeddings of {HELD_OUT} held-out sentences, original against linear: {cosine:.4f}")
+    print(
+        f"\nMean cosine of the embeddings of {HELD_OUT} held-out sentences, original against linear: {cosine:.4f}"
+    )
     print(f"Everything took {time.perf_counter() - started:.0f} s.")
 
 

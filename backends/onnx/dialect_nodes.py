@@ -35,7 +35,9 @@ def dialect_node(
     inputs = [name_of(a) for a in node.args]
     while inputs and not inputs[-1]:
         inputs.pop()
-    proto = onnx.helper.make_node(entry.name, inputs, list(outputs), name=node.name, domain=entry.domain or None)
+    proto = onnx.helper.make_node(
+        entry.name, inputs, list(outputs), name=node.name, domain=entry.domain or None
+    )
     for key, value in node.kwargs.items():
         if value is None or (key == "outputs" and entry.counted):
             continue
@@ -50,7 +52,9 @@ def _attribute(graph: Graph, name: str, value: Any, op_type: str) -> onnx.Attrib
         return onnx.helper.make_attribute(name, to_tensor_proto(name, value))
     if isinstance(value, (list, tuple)):
         value = list(value)
-        return onnx.helper.make_attribute(name, value, attr_type=onnx.AttributeProto.INTS if not value else None)
+        return onnx.helper.make_attribute(
+            name, value, attr_type=onnx.AttributeProto.INTS if not value else None
+        )
     if isinstance(value, (bool, int, float, str)):
         return onnx.helper.make_attribute(name, int(value) if isinstance(value, bool) else value)
     raise GraphOptError(f"cannot lower {op_type}: attribute {name} has the value {value!r}")

@@ -80,7 +80,9 @@ class _Symbolic(fx.Interpreter):
         bound = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
         inputs = [bound.get(a.name) for a in schema.arguments if "Tensor" in str(a.type)]
         attributes = {
-            a.name: _plain(bound.get(a.name, a.default_value)) for a in schema.arguments if "Tensor" not in str(a.type)
+            a.name: _plain(bound.get(a.name, a.default_value))
+            for a in schema.arguments
+            if "Tensor" not in str(a.type)
         }
         return torch.onnx.ops.symbolic(
             f"{_DOMAIN}::{name}", inputs, attributes, dtype=result.dtype, shape=result.shape, version=1
@@ -167,7 +169,9 @@ def _adopt_operators(graph: Graph) -> None:
                 bound[argument.name] = _typed(attributes[argument.name], str(argument.type))
         with graph.fx.inserting_before(node):
             call = graph.fx.call_function(packet, tuple(bound.values()))
-        call.meta = {k: v for k, v in node.meta.items() if k == "onnx_name"} | {"graphopt_site": origin.proto.name}
+        call.meta = {k: v for k, v in node.meta.items() if k == "onnx_name"} | {
+            "graphopt_site": origin.proto.name
+        }
         node.replace_all_uses_with(call)
         graph.fx.erase_node(node)
     graph.module.recompile()

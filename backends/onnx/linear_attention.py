@@ -73,7 +73,12 @@ def linear_attention(call: Call) -> str:
         return b.cast(out, dtype) if dtype.itemsize < 4 else str(out)
 
     parts = ["LinearAttention", "causal" if causal else "", f"groups{groups}" if groups > 1 else ""]
-    parts += ["" if normalize else "unnormalized", "weighted" if key_weight else "", f"eps{eps:g}", _suffix(dtype)]
+    parts += [
+        "" if normalize else "unnormalized",
+        "weighted" if key_weight else "",
+        f"eps{eps:g}",
+        _suffix(dtype),
+    ]
     return call.builder.function("_".join(filter(None, parts)), inputs, body)
 
 

@@ -64,7 +64,15 @@ def _matmul(call: Call) -> str:
     return str(call.builder.op("MatMul", left, right))
 
 
-_UNARY = {"exp": "Exp", "neg": "Neg", "tanh": "Tanh", "sqrt": "Sqrt", "sigmoid": "Sigmoid", "abs": "Abs", "log": "Log"}
+_UNARY = {
+    "exp": "Exp",
+    "neg": "Neg",
+    "tanh": "Tanh",
+    "sqrt": "Sqrt",
+    "sigmoid": "Sigmoid",
+    "abs": "Abs",
+    "log": "Log",
+}
 _UNARY |= {"relu": "Relu", "erf": "Erf", "contiguous": "Identity", "logical_not": "Not"}
 
 
@@ -160,7 +168,9 @@ def _narrow(call: Call) -> str:
 def _cat(call: Call) -> str:
     first: Any = call.node.args[0]
     axis = call.get(1, "dim", 0)
-    return str(call.builder.op("Concat", *call.args[0], axis=axis if axis >= 0 else axis + meta_of(first[0])[1]))
+    return str(
+        call.builder.op("Concat", *call.args[0], axis=axis if axis >= 0 else axis + meta_of(first[0])[1])
+    )
 
 
 @lowers("to", "type", "_to_copy")
@@ -174,7 +184,10 @@ def _to(call: Call) -> str:
 def _where(call: Call) -> str:
     condition, chosen, other = call.args
     kind = call.node.meta["dtype"]
-    sides = [v if isinstance(v, str) else call.builder.constant(torch.tensor(v, dtype=kind)) for v in (chosen, other)]
+    sides = [
+        v if isinstance(v, str) else call.builder.constant(torch.tensor(v, dtype=kind))
+        for v in (chosen, other)
+    ]
     return str(call.builder.op("Where", condition, *sides))
 
 

@@ -51,7 +51,11 @@ def _linear_attention(call: Call) -> str:
         return b.cast(out, dtype) if dtype.itemsize < 4 else str(out)
 
     inputs = [*call.args[:3], *([key_weight] if key_weight else [])]
-    parts = ["CausalLinearAttention", f"{heads}_{heads // groups}_{width}", "" if normalize else "unnormalized"]
+    parts = [
+        "CausalLinearAttention",
+        f"{heads}_{heads // groups}_{width}",
+        "" if normalize else "unnormalized",
+    ]
     parts += ["weighted" if key_weight else "", f"eps{eps:g}", str(dtype).removeprefix("torch.")]
     return call.builder.function("_".join(filter(None, parts)), inputs, body)
 

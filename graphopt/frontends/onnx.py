@@ -40,7 +40,9 @@ class _Importer:
         self.root = torch.nn.Module()
         self.reader = TensorReader(file.folder)
         self.values: dict[str, fx.Node] = {}
-        self.opsets = {("" if o.domain == "ai.onnx" else o.domain): o.version for o in file.proto.opset_import}
+        self.opsets = {
+            ("" if o.domain == "ai.onnx" else o.domain): o.version for o in file.proto.opset_import
+        }
         self.functions = {(f.domain, f.name) for f in file.proto.functions}
         # The bytes behind each constant, for nodes that run on onnxruntime.
         self.constants: dict[fx.Node, tuple[Any, onnx.TensorProto]] = {}
@@ -71,7 +73,7 @@ class _Importer:
         return self.values[name]
 
     def _weight(self, name: str, tensor: onnx.TensorProto) -> fx.Node:
-        value = self.reader.torch(tensor)
+        value = self.reader.value(tensor)
         node = self._store(name, value)
         self.constants[node] = (value, tensor)
         return node
@@ -102,11 +104,10 @@ class _Importer:
             node.meta["onnx"] = Origin(proto, index, node.target, {})
             return
         args = [self._value(name, f"node {proto.name!r}") if name else None for name in proto.input]
-        node, outer = self._known(proto, args), ()
-        if node is None:
-            outer = captured(proto)
+        known, outer = self._known(proto, args), captured(proto)
+        if known is None:
             args += [self._value(name, f"a subgraph of node {proto.name!r}") for name in outer]
-            node = self._opaque(index, proto, args, outer)
+        node = known if known is not None else self._opaque(index, proto, args, outer)
         node.meta["onnx"] = Origin(proto, index, node.target, dict(node.kwargs), outer)
         self._bind_outputs(node, proto)
 
@@ -135,7 +136,10 @@ class _Importer:
             return None
         kwargs: dict[str, Any] = {}
         for attribute in proto.attribute:
-            if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) or attribute.ref_attr_name:
+            if (
+                attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+                or attribute.ref_attr_name
+            ):
                 return None
             kwargs[parameter_name(attribute.name)] = self._attribute(proto, attribute)
         if entry.counted:
@@ -155,14 +159,16 @@ class _Importer:
     def _attribute(self, proto: onnx.NodeProto, attribute: onnx.AttributeProto) -> Any:
         if attribute.type == onnx.AttributeProto.TENSOR:
             target = self._attribute_name(f"attribute_{proto.output[0]}_{attribute.name}")
-            set_attribute(self.root, target, self.reader.torch(attribute.t))
+            set_attribute(self.root, target, self.reader.value(attribute.t))
             return self.graph.get_attr(target)
         value = onnx.helper.get_attribute_value(attribute)
         if attribute.type == onnx.AttributeProto.STRING:
             return value.decode(errors="surrogateescape")
         if attribute.type == onnx.AttributeProto.STRINGS:
             return [v.decode(errors="surrogateescape") for v in value]
-        return list(value) if attribute.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS) else value
+        return (
+            list(value) if attribute.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS) else value
+        )
 
     def _opaque(self, index: int, proto: onnx.NodeProto, args: list[Any], outer: Iterable[str]) -> fx.Node:
         names = [*proto.input, *outer]
@@ -173,7 +179,9 @@ class _Importer:
         }
         model = self.file.proto
         target = f"opaque_{index}_{_identifier(proto.op_type)}"
-        self.root.add_module(target, OpaqueOperator(proto, tuple(outer), model.opset_import, model.functions, known))
+        self.root.add_module(
+            target, OpaqueOperator(proto, tuple(outer), model.opset_import, model.functions, known)
+        )
         return self.graph.create_node("call_module", target, tuple(args))
 
     def _bind_outputs(self, node: fx.Node, proto: onnx.NodeProto) -> None:
@@ -184,7 +192,9 @@ class _Importer:
         for i, name in enumerate(proto.output):
             if not name:
                 continue
-            item = self.graph.create_node("call_function", operator.getitem, (node, i), name=_identifier(name))
+            item = self.graph.create_node(
+                "call_function", operator.getitem, (node, i), name=_identifier(name)
+            )
             item.meta["onnx_name"] = name
             self.values[name] = item
 
@@ -211,7 +221,9 @@ def _order(nodes: Iterable[onnx.NodeProto], defined: set[str]) -> list[int]:
     try:
         return list(nx.lexicographical_topological_sort(structure))
     except nx.NetworkXUnfeasible as error:
-        raise GraphOptError("the model's nodes form a cycle, so no order can run them; the file is corrupt") from error
+        raise GraphOptError(
+            "the model's nodes form a cycle, so no order can run them; the file is corrupt"
+        ) from error
 
 
 def _identifier(name: str) -> str:
@@ -240,7 +252,7 @@ def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
 
 
 def _densify(sparse: onnx.SparseTensorProto, reader: TensorReader) -> torch.Tensor:
-    values, indices = reader.torch(sparse.values), reader.torch(sparse.indices)
+    values, indices = reader.value(sparse.values), reader.value(sparse.indices)
     assert isinstance(values, torch.Tensor)
     assert isinstance(indices, torch.Tensor)
     dense = torch.zeros(list(sparse.dims), dtype=values.dtype)

@@ -60,7 +60,7 @@ class TensorReader:
         self._folder = folder
         self._maps: dict[Path, np.memmap[Any, np.dtype[np.uint8]]] = {}
 
-    def torch(self, proto: onnx.TensorProto) -> torch.Tensor | np.ndarray[Any, Any]:
+    def value(self, proto: onnx.TensorProto) -> torch.Tensor | np.ndarray[Any, Any]:
         """The tensor's value; an object array where torch has no such type (strings).
 
         Raises:
@@ -108,7 +108,7 @@ def from_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor | np.ndarray[Any, An
     if array.dtype in _UNPACKED:
         return torch.from_numpy(array.astype(_UNPACKED[array.dtype]))
     if array.dtype.kind not in "biufc":
-        return array
+        return array  # strings
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))

@@ -53,7 +53,11 @@ def apply(
         CheckFailed: the rewritten model misses what its passes promise.
     """
     items = parse_all(passes)
-    data = calibration if isinstance(calibration, Calibration) else calibration_for(graph, calibration, seed=seed, sizes=sizes)
+    data = (
+        calibration
+        if isinstance(calibration, Calibration)
+        else calibration_for(graph, calibration, seed=seed, sizes=sizes)
+    )
     report = Report([spell(item) for item in items], calibration=data.description)
     current = graph
     for item in items:
@@ -95,4 +99,6 @@ def _check(items: Sequence[Pass], report: Report, min_cosine: float | None) -> N
         if reassociated and output.rel_rms > 1e-4:
             raise CheckFailed(f"expected floating-point order to change at most 1e-4, but {measured}")
         if min_cosine is not None and output.cosine < min_cosine:
-            raise CheckFailed(f"expected a mean cosine of at least {min_cosine} at every output, but {output.name!r} has {output.cosine:.4f}")
+            raise CheckFailed(
+                f"expected a mean cosine of at least {min_cosine} at every output, but {output.name!r} has {output.cosine:.4f}"
+            )

@@ -98,7 +98,9 @@ class Result:
     report: Report
 
 
-def environment(packages: Sequence[str] = ("graphopt", "torch", "onnx", "onnx-ir", "onnxruntime")) -> dict[str, str]:
+def environment(
+    packages: Sequence[str] = ("graphopt", "torch", "onnx", "onnx-ir", "onnxruntime"),
+) -> dict[str, str]:
     """Versions that a figure depends on."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
     for package in packages:

@@ -83,7 +83,9 @@ def _observed(node: fx.Node) -> dict[str, Any]:
     return {key: node.meta[key] for key in ("dtype", "rank", "shape") if key in node.meta}
 
 
-def _weight(graph: Graph, module: torch.nn.Module, target: str, stem: str, weights: dict[str, str]) -> fx.Node:
+def _weight(
+    graph: Graph, module: torch.nn.Module, target: str, stem: str, weights: dict[str, str]
+) -> fx.Node:
     if target not in weights:
         weights[target] = fresh_attribute(graph.module, f"{stem}.{target}")
         set_attribute(graph.module, weights[target], attribute(module, target))

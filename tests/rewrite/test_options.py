@@ -66,7 +66,12 @@ def test_pipelines(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "match"),
-    [("passes = []", "expected passes ="), ("passes = 3", "expected passes ="), ("passes", "does not parse"), (None, "cannot be read")],
+    [
+        ("passes = []", "expected passes ="),
+        ("passes = 3", "expected passes ="),
+        ("passes", "does not parse"),
+        (None, "cannot be read"),
+    ],
 )
 def test_bad_pipelines(tmp_path, content, match):
     path = tmp_path / "p.toml"

@@ -54,7 +54,11 @@ def test_it_runs(installed, tmp_path):
 def test_the_command_line_lists_it(installed):
     environment = {**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "200"}
     done = subprocess.run(
-        [sys.executable, "-m", "graphopt", "passes"], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-m", "graphopt", "passes"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "double_negation" in done.stdout

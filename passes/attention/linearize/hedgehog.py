@@ -19,7 +19,9 @@ _NOISE = 0.02
 class HedgehogAttention(torch.nn.Module):
     """phi_q(q) (phi_k(k)^T v) / phi_q(q) (phi_k(k)^T 1), in the layout of the site that it replaces."""
 
-    def __init__(self, site: AttentionSite, features: int, activation: str, generator: torch.Generator) -> None:
+    def __init__(
+        self, site: AttentionSite, features: int, activation: str, generator: torch.Generator
+    ) -> None:
         """Start from phi(x) = [f(x), f(-x)].
 
         Args:
@@ -58,7 +60,7 @@ class HedgehogAttention(torch.nn.Module):
         return out
 
     def weight_of_keys(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """exp of each key's own mask value [B, 1, S, 1]: exp(s + m) = exp(s) exp(m), so hidden keys weigh 0.
+        """Exp of each key's own mask value [B, 1, S, 1]: exp(s + m) = exp(s) exp(m), so hidden keys weigh 0.
 
         The last row of the mask has what every row has: under a causal mask the last query sees all keys.
         """
@@ -77,7 +79,9 @@ def _initial(heads: int, width: int, features: int, generator: torch.Generator) 
     return weight + noise if copies > 1 else weight
 
 
-def attention_transfer_loss(module: torch.nn.Module, inputs: tuple[Any, ...], expected: torch.Tensor) -> torch.Tensor:
+def attention_transfer_loss(
+    module: torch.nn.Module, inputs: tuple[Any, ...], expected: torch.Tensor
+) -> torch.Tensor:
     """Mean squared error of the site's output, relative to the output's own mean square."""
     found = module(*inputs)
     return F.mse_loss(found.float(), expected.float()) / expected.float().square().mean().clamp(min=1e-12)

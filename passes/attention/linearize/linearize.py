@@ -83,14 +83,18 @@ class Linearize(SitePass):
 
     def build(self, site: AttentionSite, context: Context) -> HedgehogAttention:
         """The replacement with its initial maps."""
-        return HedgehogAttention(site, self.features or site.head_dim or 0, self.feature_map, context.generator())
+        return HedgehogAttention(
+            site, self.features or site.head_dim or 0, self.feature_map, context.generator()
+        )
 
     def fit(self, replacements: Sequence[Replacement], context: Context) -> None:
         """Attention transfer: each site learns its own output from its own inputs."""
         steps = self.fit_steps if context.fit_steps is None else context.fit_steps
         fit_layerwise(replacements, attention_transfer_loss, steps, self.learning_rate, context)
 
-    def finish(self, teacher: Graph, student: Graph, replacements: Sequence[Replacement], context: Context) -> None:
+    def finish(
+        self, teacher: Graph, student: Graph, replacements: Sequence[Replacement], context: Context
+    ) -> None:
         """End-to-end distillation of the maps."""
         steps = self.distill_steps if context.fit_steps != 0 else 0
         parameters = [p for r in replacements for p in r.module.parameters()]
