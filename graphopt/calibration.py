@@ -14,7 +14,7 @@ import torch
 from graphopt.errors import GraphOptError
 from graphopt.graph import Graph, ValueSpec, check_value
 from graphopt.onnxfile.tensors import from_numpy
-from graphopt.synthetic import describe_ranges, random_inputs
+from graphopt.synthetic import Synthetic, describe_ranges
 
 BATCH = 16
 DEFAULT_RANDOM = 8
@@ -54,7 +54,8 @@ def calibration_for(
         count = source if isinstance(source, int) else DEFAULT_RANDOM
         if count < 1:
             raise GraphOptError(f"expected at least 1 random calibration batch, got {count}")
-        batches = [random_inputs(graph, seed + i, sizes) for i in range(count)]
+        synthetic = Synthetic(graph, sizes)
+        batches = [synthetic.batch(seed + i) for i in range(count)]
         return Calibration(batches, f"{count} random batches: {describe_ranges(graph)}", synthetic=True)
     if isinstance(source, (str, Path)):
         return _from_path(graph, Path(source))

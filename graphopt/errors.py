@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from graphopt.rewrite.report import Report
+
 
 class GraphOptError(Exception):
     """Bad usage or unreadable input: one sentence of what was expected, what was found, what to do."""
@@ -13,6 +18,8 @@ class CheckFailed(GraphOptError):
     """A verification missed its tolerance; no output file was written."""
 
     exit_code = 1
+    report: Report | None = None
+    """What had happened until then, where a pipeline failed at its end."""
 
 
 class NothingToRewrite(GraphOptError):

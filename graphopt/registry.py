@@ -50,7 +50,7 @@ def _load(group: str, noun: str, name: str) -> Any:
         raise GraphOptError(f"no {noun} is called {name!r}; {hint}")
     try:
         return entries[name].load()
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         raise GraphOptError(
             f"the {noun} {name!r} from {entries[name].value} cannot be imported: {error}"
         ) from error

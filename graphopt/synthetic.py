@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from graphopt.graph import Graph, ValueSpec
 
 # Sizes for symbolic dims: the first dim of an input is taken for a batch, others for a length.
 BATCH, LENGTH = 2, 32
+# Tried in turn until the model runs: position tables may be short, a batch may have to be 1.
+_SIZES = ((BATCH, LENGTH), (BATCH, 8), (1, LENGTH), (1, 8), (1, 1))
+_SMALL = 4
 # Integer inputs that index no table may be masks, positions or lengths: 0 and 1 are valid as each of them.
 _SMALLEST_TABLE = 2
 
@@ -28,22 +31,62 @@ def random_inputs(graph: Graph, seed: int = 0, sizes: Mapping[str, int] | None =
     Raises:
         GraphOptError: an input is no tensor, or `sizes` names a dim that the model lacks.
     """
-    sizes = dict(sizes or {})
-    known = {d for spec in graph.inputs for d in spec.shape or () if isinstance(d, str)}
-    for name in sizes:
-        if name not in known:
-            raise GraphOptError(
-                f"the model has no symbolic dim {name!r}; it has {', '.join(sorted(known)) or 'none'}"
-            )
-    generator = torch.Generator().manual_seed(seed)
-    limits = index_limits(graph)
-    return tuple(_random(spec, limits.get(spec.name), sizes, generator) for spec in graph.inputs)
+    return Synthetic(graph, sizes).batch(seed)
 
 
-def _random(spec: ValueSpec, limit: int | None, sizes: Mapping[str, int], generator: torch.Generator) -> Any:
-    if not isinstance(spec.dtype, torch.dtype) or spec.shape is None:
-        raise GraphOptError(f"cannot make random values for input {spec}; give calibration data")
-    shape = [_size(d, i, sizes) for i, d in enumerate(spec.shape)]
+class Synthetic:
+    """Random inputs of sizes that the model accepts."""
+
+    def __init__(self, graph: Graph, sizes: Mapping[str, int] | None = None) -> None:
+        """Find sizes: the usual ones if the model runs with them, else others.
+
+        Args:
+            graph: the model.
+            sizes: sizes of symbolic dims by name.
+
+        Raises:
+            GraphOptError: see `random_inputs`.
+        """
+        self._graph = graph
+        self._limits = index_limits(graph)
+        given = dict(sizes or {})
+        known = {d for spec in graph.inputs for d in spec.shape or () if isinstance(d, str)}
+        for name in given:
+            if name not in known:
+                listed = ", ".join(sorted(known)) or "none"
+                raise GraphOptError(f"the model has no symbolic dim {name!r}; it has {listed}")
+        usual = [_usual(spec, given, BATCH, LENGTH) for spec in graph.inputs]
+        self._shapes = next((s for s in self._candidates(given) if self._runs(s)), usual)
+
+    def _candidates(self, given: Mapping[str, int]) -> Iterator[list[list[int]]]:
+        for batch, length in _SIZES:
+            yield [_usual(spec, given, batch, length) for spec in self._graph.inputs]
+        found = _observed(self._graph, given)
+        if found is not None:
+            yield found
+
+    def _runs(self, shapes: list[list[int]]) -> bool:
+        try:
+            with torch.no_grad():
+                self._graph.execute(*self._values(shapes, 0))
+        except Exception:  # whatever an operator says of sizes that do not fit
+            return False
+        return True
+
+    def batch(self, seed: int) -> tuple[Any, ...]:
+        """One value per input."""
+        return self._values(self._shapes, seed)
+
+    def _values(self, shapes: list[list[int]], seed: int) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        return tuple(
+            _random(spec, shape, self._limits.get(spec.name), generator)
+            for spec, shape in zip(self._graph.inputs, shapes, strict=True)
+        )
+
+
+def _random(spec: ValueSpec, shape: list[int], limit: int | None, generator: torch.Generator) -> Any:
+    assert isinstance(spec.dtype, torch.dtype)
     if spec.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(spec.dtype)
     if spec.dtype == torch.bool or limit is None:
@@ -52,10 +95,30 @@ def _random(spec: ValueSpec, limit: int | None, sizes: Mapping[str, int], genera
     return torch.randint(0, limit, shape, generator=generator).to(spec.dtype)
 
 
-def _size(dim: int | str | None, axis: int, sizes: Mapping[str, int]) -> int:
-    if isinstance(dim, int):
-        return dim
-    return sizes.get(dim or "", BATCH if axis == 0 else LENGTH)
+def _usual(spec: ValueSpec, given: Mapping[str, int], batch: int, length: int) -> list[int]:
+    if not isinstance(spec.dtype, torch.dtype) or spec.shape is None:
+        raise GraphOptError(f"cannot make random values for input {spec}; give calibration data")
+    usual = [batch] + [length] * len(spec.shape)
+    return [d if isinstance(d, int) else given.get(d or "", usual[i]) for i, d in enumerate(spec.shape)]
+
+
+def _observed(graph: Graph, given: Mapping[str, int]) -> list[list[int]] | None:
+    """Sizes that respect the relations between dims that `graphopt.shapes` found out."""
+    from graphopt.shapes import shapes_of
+
+    shapes = shapes_of(graph)
+    found = []
+    for node in graph.placeholders:
+        shape = shapes.shape(node)
+        if shape is None:
+            return None
+        found.append([int(_at(dim, given)) for dim in shape])
+    return found
+
+
+def _at(dim: Any, given: Mapping[str, int]) -> Any:
+    free = getattr(dim, "free_symbols", ())
+    return dim.subs({symbol: given.get(symbol.name, _SMALL) for symbol in free}) if free else dim
 
 
 def index_limits(graph: Graph) -> dict[str, int]:

@@ -41,8 +41,8 @@ def _root(
 
     Start with `graphopt inspect model.onnx`, then `graphopt transform model.onnx --pass linearize`.
 
-    Exit codes: 0 done; 1 a check failed and no model was written; 2 bad usage or unreadable input; 3 nothing to
-    rewrite.
+    Exit codes: 0 done; 1 a check failed and no model was written; 2 bad usage or unreadable input;
+    3 nothing to rewrite.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

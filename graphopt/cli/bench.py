@@ -21,6 +21,7 @@ from graphopt.cli.shared import (
     check_input,
     combinations,
     parse_dims,
+    running_on,
 )
 from graphopt.cli.terminal import Bars, Terminal, number
 from graphopt.cli.verify import check_interfaces
@@ -35,19 +36,31 @@ _TARGETS = ("onnxruntime", "onnxruntime-cuda", "torch")
 
 def bench(
     a: Annotated[Path, typer.Argument(metavar="A", help="The reference .onnx file.", show_default=False)],
-    b: Annotated[Path | None, typer.Argument(metavar="[B]", help="The one to compare it with.", show_default=False)] = None,
+    b: Annotated[
+        Path | None, typer.Argument(metavar="[B]", help="The one to compare it with.", show_default=False)
+    ] = None,
     dim: Annotated[
         list[str] | None,
-        typer.Option("--dim", metavar="NAME=SIZE", help="Size of a symbolic dim; each size given makes a row."),
+        typer.Option(
+            "--dim", metavar="NAME=SIZE", help="Size of a symbolic dim; each size given makes a row."
+        ),
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option("--batch", min=1, help="Size of every symbolic first dim; each one makes a row.")
+        list[int] | None,
+        typer.Option("--batch", min=1, help="Size of every symbolic first dim; each one makes a row."),
     ] = None,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Samples of each model.")] = 20,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="Threads for one operator; 0 leaves it to the runtime.")] = 0,
-    target: Annotated[str, typer.Option("--target", help=f"What runs them: {', '.join(_TARGETS)}.")] = "onnxruntime",
+    threads: Annotated[
+        int, typer.Option("--threads", min=0, help="Threads for one operator; 0 leaves it to the runtime.")
+    ] = 0,
+    target: Annotated[
+        str, typer.Option("--target", help=f"What runs them: {', '.join(_TARGETS)}.")
+    ] = "onnxruntime",
     rtol: Annotated[
-        float | None, typer.Option(min=0, help="Largest relative RMS difference between A and B; beyond it nothing is measured.")
+        float | None,
+        typer.Option(
+            min=0, help="Largest relative RMS difference between A and B; beyond it nothing is measured."
+        ),
     ] = None,
     calib: Calib = None,
     seed: Seed = 0,
@@ -59,7 +72,8 @@ def bench(
 
     Example: `graphopt bench model.onnx model.linearize.onnx --dim seq=128 --dim seq=1024`
     """
-    terminal = Terminal(json, quiet, taken=[path for path in (a, b) if path is not None])
+    terminal = Terminal(json, quiet)
+    terminal.reserve(*(path for path in (a, b) if path is not None))
     if target not in _TARGETS:
         raise GraphOptError(f"expected --target to be one of {', '.join(_TARGETS)}, got {target!r}")
     dims = parse_dims(dim)
@@ -70,13 +84,13 @@ def bench(
     check_dims(graphs[0], dims)
     if b is not None:
         check_interfaces(*graphs)
+    settings = list(combinations(dims))
     if batch:
-        dims |= {name: batch for name in _batch_dims(graphs[0])}
-    choices = list(combinations({k: v for k, v in dims.items() if not batch or v is not batch}))
-    sized = [dict(c) | {n: size for n in _batch_dims(graphs[0])} for c in choices for size in batch] if batch else choices
+        first = _batch_dims(graphs[0])
+        settings = [setting | dict.fromkeys(first, size) for setting in settings for size in batch]
     with terminal.progress() as bars:
         sessions = _sessions(paths, graphs, target, threads, bars)
-        rows = [_row(graphs[0], sessions, sizes, calib, seed, runs, rtol, bars) for sizes in sized]
+        rows = [_row(graphs[0], sessions, sizes, calib, seed, runs, rtol, bars) for sizes in settings]
     _show(terminal, rows, target)
     terminal.json(_data(paths, rows, target, threads, runs))
 
@@ -89,7 +103,9 @@ def _batch_dims(graph: Graph) -> list[str]:
     """
     names = [spec.shape[0] for spec in graph.inputs if spec.shape and isinstance(spec.shape[0], str)]
     if not names:
-        raise GraphOptError("expected an input with a symbolic first dim for --batch, but every first dim is fixed; drop --batch")
+        raise GraphOptError(
+            "expected an input with a symbolic first dim for --batch, but all of them are fixed; drop --batch"
+        )
     return list(dict.fromkeys(str(name) for name in names))
 
 
@@ -105,7 +121,9 @@ class _OnTorch:
         return [results[name] for name in output_names or self.outputs]
 
 
-def _sessions(paths: Sequence[Path], graphs: Sequence[Graph], target: str, threads: int, bars: Bars) -> list[Session]:
+def _sessions(
+    paths: Sequence[Path], graphs: Sequence[Graph], target: str, threads: int, bars: Bars
+) -> list[Session]:
     if target == "torch":
         if threads:
             import torch
@@ -136,15 +154,16 @@ def _row(
     shapes = {name: list(getattr(value, "shape", ())) for name, value in feeds.items()}
     row: dict[str, Any] = {"dims": dict(sizes), "inputs": shapes, "calibration": data.description}
     names = [spec.name for spec in graph.outputs]
-    results = [session.run(names, feeds) for session in sessions]
+    with running_on(graph, data):
+        results = [session.run(names, feeds) for session in sessions]
     if len(sessions) == 1:
         return {**row, "timing": bench_one(sessions[0], feeds, runs, bars.track)}
     outputs = differences(names, [results[0]], [results[1]])
     worst = max(outputs, key=lambda o: o.rel_rms)
     if rtol is not None and not worst.rel_rms <= rtol:
         raise CheckFailed(
-            f"expected outputs within a relative RMS of {rtol:g}, but {worst.name!r} differs by {worst.rel_rms:.3g} "
-            f"(cosine {worst.cosine:.6f}); a model that computes something else is not measured"
+            f"expected outputs within a relative RMS of {rtol:g}, but {worst.name!r} differs by "
+            f"{worst.rel_rms:.3g} (cosine {worst.cosine:.6f}); nothing was measured"
         )
     timing = bench_pair(sessions[0], sessions[1], feeds, runs, bars.track)
     return {**row, "outputs": outputs, "timing": timing}
@@ -153,10 +172,18 @@ def _row(
 def _show(terminal: Terminal, rows: Sequence[dict[str, Any]], target: str) -> None:
     paired = "outputs" in rows[0]
     columns = ["dims", "A ms>", "A quartiles>"]
-    columns += ["B ms>", "B quartiles>", "A/B>", "quartiles>", "relative RMS>", "cosine>", "verdict"] if paired else []
-    terminal.table(f"latency on {target}, median of {len(rows[0]['timing'].a)} samples", columns, map(_cells, rows))
+    columns += (
+        ["B ms>", "B quartiles>", "A/B>", "quartiles>", "relative RMS>", "cosine>", "verdict"]
+        if paired
+        else []
+    )
+    terminal.table(
+        f"latency on {target}, median of {len(rows[0]['timing'].a)} samples", columns, map(_cells, rows)
+    )
     if paired:
-        terminal.print("A/B above 1: B is faster; relative RMS and cosine are those of the output that differs most")
+        terminal.print(
+            "A/B above 1: B is faster; relative RMS and cosine are those of the output that differs most"
+        )
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -169,7 +196,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
         return cells
     worst = max(row["outputs"], key=lambda o: o.rel_rms)
     ratio = timing.ratio
-    cells += [*_milliseconds(Spread.of(timing.b)), f"{ratio.median:.2f}", f"{ratio.lower:.2f} to {ratio.upper:.2f}"]
+    cells += [
+        *_milliseconds(Spread.of(timing.b)),
+        f"{ratio.median:.2f}",
+        f"{ratio.lower:.2f} to {ratio.upper:.2f}",
+    ]
     return [*cells, number(worst.rel_rms), f"{worst.cosine:.6f}", timing.verdict()]
 
 
@@ -181,7 +212,9 @@ def _milliseconds(spread: Spread) -> tuple[str, str]:
     return f"{spread.median * 1e3:.3f}", f"{spread.lower * 1e3:.3f} to {spread.upper * 1e3:.3f}"
 
 
-def _data(paths: Sequence[Path], rows: Sequence[dict[str, Any]], target: str, threads: int, runs: int) -> dict[str, Any]:
+def _data(
+    paths: Sequence[Path], rows: Sequence[dict[str, Any]], target: str, threads: int, runs: int
+) -> dict[str, Any]:
     from graphopt.bench import machine
     from graphopt.rewrite.report import environment
 

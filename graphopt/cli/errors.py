@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -22,6 +23,13 @@ USAGE, INTERRUPTED, TERMINATED, BROKEN_PIPE = 2, 130, 143, 141
 _LONGEST = 1500
 
 
+class _CarriedError(Exception):
+    """An exception on its way through Typer, which would answer Ctrl-C, EOF and a closed pipe itself."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
 class OneSentence(TyperGroup):
     """The command group: turns every exception into one line on stderr and an exit code."""
 
@@ -32,21 +40,31 @@ class OneSentence(TyperGroup):
         debug = "--debug" in given
         extra["standalone_mode"] = False
         with warnings.catch_warnings():
-            if not debug:  # warnings of torch and onnx speak to developers, and would stand beside our sentence
+            if (
+                not debug
+            ):  # warnings of torch and onnx speak to developers, and would stand beside our sentence
                 warnings.simplefilter("ignore")
             sys.exit(self._code(given, debug, rest, extra))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen verb; see `typer.core.TyperGroup.invoke`."""
+        try:
+            return super().invoke(ctx)
+        except typer.Exit:
+            raise
+        except BaseException as error:
+            raise _CarriedError(error) from error
 
     def _code(self, args: list[str], debug: bool, rest: tuple[Any, ...], extra: dict[str, Any]) -> int:
         try:
             code = super().main(args, *rest, **extra)
             sys.stdout.flush()
-        except BaseException as error:
+        except BaseException as caught:
+            error = caught.error if isinstance(caught, _CarriedError) else caught
             if debug and not isinstance(error, SystemExit):
-                traceback.print_exc()
+                traceback.print_exception(error)
             return _explain(error)
-        # Typer returns the code of `typer.Exit`, and that of an interrupt, instead of raising it.
-        if code == INTERRUPTED:
-            return _explain(KeyboardInterrupt())
+        # Typer returns the code of `typer.Exit` instead of raising it.
         return code if isinstance(code, int) else 0
 
 
@@ -58,15 +76,17 @@ def _explain(error: BaseException) -> int:
         _silence_stdout()
         return BROKEN_PIPE
     if isinstance(error, Terminated):
-        return say("terminated; no output was written", TERMINATED)
+        return say("terminated", TERMINATED)
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return say("interrupted; no output was written", INTERRUPTED)
+        return say("interrupted", INTERRUPTED)
     if isinstance(error, GraphOptError):
         return say(f"error: {error}", error.exit_code)
     if hasattr(error, "format_message"):  # Typer's usage errors; their class moved between its releases
         return say(f"error: {_usage(error)}", USAGE)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return say(f"error: cannot use {error.filename}: {error.strerror}; run with --debug for the traceback", USAGE)
+        return say(
+            f"error: cannot use {error.filename}: {error.strerror}; run with --debug for the traceback", USAGE
+        )
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return say(f"unexpected error: {text}; run with --debug for the traceback", USAGE)
 
@@ -106,4 +126,7 @@ def run(app: typer.Typer) -> None:
     """Run `app` as a process of its own."""
     with contextlib.suppress(ValueError):  # signals belong to the main thread
         signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # equations hold letters that an ASCII terminal lacks
+            stream.reconfigure(errors="replace")
     typer.main.get_command(app).main(prog_name="graphopt")

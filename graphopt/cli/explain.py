@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 
 def explain(
     model: Model,
-    pass_: Annotated[str, typer.Option("--pass", metavar="PASS", help="A pass as for `transform`.", show_default=False)],
+    pass_: Annotated[
+        str, typer.Option("--pass", metavar="PASS", help="A pass as for `transform`.", show_default=False)
+    ],
     node: Annotated[
-        str | None, typer.Option("--node", metavar="NAME", help="Only what covers this node or site.", show_default=False)
+        str | None,
+        typer.Option(
+            "--node", metavar="NAME", help="Only what covers this node or site.", show_default=False
+        ),
     ] = None,
     json: Json = None,
     quiet: Quiet = False,
@@ -33,7 +38,8 @@ def explain(
 
     Example: `graphopt explain model.onnx --pass linearize --node /layer.0/attention/Softmax`
     """
-    terminal = Terminal(json, quiet, taken=[model])
+    terminal = Terminal(json, quiet)
+    terminal.reserve(model)
     from graphopt.rewrite.base import SitePass
     from graphopt.rewrite.options import parse, spell
     from graphopt.rewrite.report import environment
@@ -43,11 +49,19 @@ def explain(
     from graphopt.api import load
 
     graph = load(model)
-    data: dict[str, Any] = {"version": 1, "model": str(model), "pass": spell(item), "environment": environment()}
+    data: dict[str, Any] = {
+        "version": 1,
+        "model": str(model),
+        "pass": spell(item),
+        "environment": environment(),
+    }
     if not isinstance(item, SitePass):
         if node is not None:
             nodes_called(graph, node)
-        terminal.print(f"{item.name} works on the whole graph, so it has no sites to explain; run transform to see its effect")
+        terminal.print(
+            f"{item.name} works on the whole graph, so there are no sites to explain; "
+            "`graphopt transform` shows what it does"
+        )
         terminal.json({**data, "sites": []})
         return
     sites = explained(item, graph)
@@ -65,11 +79,23 @@ def explained(item: SitePass, graph: Graph) -> list[dict[str, Any]]:
         reason = item.check(site)
         status = "accepted" if reason is None else "refused"
         rows.append(
-            {"name": site.name, "kind": site.kind, "status": status, "reason": reason or "", "covers": site.nodes}
+            {
+                "name": site.name,
+                "kind": site.kind,
+                "status": status,
+                "reason": reason or "",
+                "covers": site.nodes,
+            }
         )
     for refusal in findings.refusals:
         rows.append(
-            {"name": refusal.node, "kind": refusal.kind, "status": "refused", "reason": refusal.reason, "covers": ()}
+            {
+                "name": refusal.node,
+                "kind": refusal.kind,
+                "status": "refused",
+                "reason": refusal.reason,
+                "covers": (),
+            }
         )
     return rows
 
@@ -93,11 +119,15 @@ def nodes_called(graph: Graph, name: str) -> list[fx.Node]:
         return found
     known: Iterable[str] = dict.fromkeys(n for names in named.values() for n in sorted(names))
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`graphopt inspect` lists the operators"
+    hint = (
+        f"did you mean {' or '.join(map(repr, near))}?" if near else "`graphopt inspect` lists the operators"
+    )
     raise GraphOptError(f"no node is called {name!r}; {hint}")
 
 
-def _about(graph: Graph, name: str, sites: list[dict[str, Any]], kind: str, terminal: Terminal) -> list[dict[str, Any]]:
+def _about(
+    graph: Graph, name: str, sites: list[dict[str, Any]], kind: str, terminal: Terminal
+) -> list[dict[str, Any]]:
     """The sites that are called `name` or cover the node of that name."""
     chosen = [site for site in sites if site["name"] == name]
     if chosen:

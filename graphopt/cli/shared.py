@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ Calib = Annotated[
     typer.Option(
         "--calib",
         metavar="FILE.npz|DIR|random",
-        help="Input data by input name: an .npz file, a folder of them, `random`, or a number of random batches.",
+        help="Inputs by name: an .npz file, a folder of them, `random`, or a number of random batches.",
         show_default="random",
     ),
 ]
@@ -39,7 +40,7 @@ Dims = Annotated[
     list[str] | None,
     typer.Option("--dim", metavar="NAME=SIZE", help="Size of a symbolic dim, as in seq=128; repeatable."),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="For everything random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="For everything random.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and library warnings.")]
 
@@ -67,7 +68,9 @@ def parse_dims(items: Iterable[str] | None) -> dict[str, list[int]]:
     for item in items or ():
         name, _, size = item.partition("=")
         if not name.strip() or not size.strip().isdecimal() or int(size) < 1:
-            raise GraphOptError(f"expected --dim NAME=SIZE with a size of at least 1, got {item!r}; try --dim seq=128")
+            raise GraphOptError(
+                f"expected --dim NAME=SIZE with a size of at least 1, got {item!r}; try --dim seq=128"
+            )
         found.setdefault(name.strip(), []).append(int(size))
     return found
 
@@ -81,7 +84,9 @@ def single_dims(items: Iterable[str] | None) -> dict[str, int]:
     dims = parse_dims(items)
     for name, sizes in dims.items():
         if len(sizes) > 1:
-            raise GraphOptError(f"expected one size for --dim {name}, got {', '.join(map(str, sizes))}; keep one of them")
+            raise GraphOptError(
+                f"expected one size for --dim {name}, got {', '.join(map(str, sizes))}; keep one of them"
+            )
     return {name: sizes[0] for name, sizes in dims.items()}
 
 
@@ -124,3 +129,38 @@ def calibration(graph: Graph, text: str | None, seed: int, sizes: Mapping[str, i
     if text is not None and text.isdecimal() and not Path(text).exists():
         source = int(text)
     return calibration_for(graph, source, seed=seed, sizes=sizes)
+
+
+@contextlib.contextmanager
+def running_on(graph: Graph, data: Calibration) -> Iterator[None]:
+    """Turns a failure to run a model on `data` into a sentence that says what to do about the data.
+
+    Raises:
+        GraphOptError: the block failed.
+    """
+    try:
+        yield
+    except Exception as error:  # a kernel may raise anything
+        reason, _, rest = str(error).partition("While executing %")
+        where = f" at node {rest.split()[0]}" if rest.split() else ""
+        sizes = (
+            f", or sizes with --dim ({', '.join(symbols(graph))})"
+            if data.synthetic and symbols(graph)
+            else ""
+        )
+        raise GraphOptError(
+            f"expected the model to run on {data.description.partition(':')[0]}, but it fails{where}: "
+            f"{reason.strip() or type(error).__name__}; give inputs that fit it with --calib{sizes}"
+        ) from error
+
+
+def check_runs(graph: Graph, data: Calibration) -> None:
+    """Run the model once, before any long work.
+
+    Raises:
+        GraphOptError: it does not run on this data.
+    """
+    import torch
+
+    with running_on(graph, data), torch.no_grad():
+        graph.execute(*data.batches[0])

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -34,19 +42,34 @@ class Terminal:
     Args:
         json_path: where the JSON goes, `-` for stdout.
         quiet: print nothing but errors.
-        taken: files that the JSON must not overwrite.
+
+    Raises:
+        GraphOptError: the place for the JSON cannot be written.
     """
 
-    def __init__(self, json_path: Path | None = None, quiet: bool = False, taken: Iterable[Path] = ()) -> None:
+    def __init__(self, json_path: Path | None = None, quiet: bool = False) -> None:
         self._json = json_path
         self._quiet = quiet
-        if json_path is not None and json_path != STDOUT:
-            _check_json(json_path, taken)
+        if json_path is not None and not _stream(json_path):
+            from graphopt.onnxfile.write import check_output
+
+            check_output(json_path)
         # Markup and emoji codes are off: names and equations are full of brackets and colons.
         plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
         width = None if sys.stdout.isatty() else _WIDTH
         self._out = _Console(quiet=quiet or json_path == STDOUT, width=width, **plain)
         self._err = _Console(stderr=True, quiet=quiet, **plain)
+
+    def reserve(self, *models: Path) -> None:
+        """Check that the JSON takes no model's place.
+
+        Raises:
+            GraphOptError: it would.
+        """
+        if self._json is not None and self._json.resolve() in {path.resolve() for path in models}:
+            raise GraphOptError(
+                f"expected a file of its own for the JSON, but {self._json} is a model; name another"
+            )
 
     def print(self, text: str = "", style: str | None = None) -> None:
         """One line for people."""
@@ -54,15 +77,18 @@ class Terminal:
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """A table for people; columns whose name ends in `>` are numbers. Nothing where there are no rows."""
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for column in columns:
             right = column.endswith(">")
             table.add_column(column.rstrip(">"), justify="right" if right else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(str(cell), style=_STYLES.get(str(cell), "")) for cell in row))
-        if table.row_count:
-            self._out.print(table)
-            self._out.print()
+        if not table.row_count:
+            return
+        if title:
+            self.print(title, style="bold")
+        self._out.print(table)
+        self._out.print()
 
     def json(self, data: Any) -> None:
         """Write the JSON result, if it was asked for."""
@@ -71,6 +97,9 @@ class Terminal:
         text = json.dumps(finite(data), indent=2, default=str, ensure_ascii=False, allow_nan=False) + "\n"
         if self._json == STDOUT:
             sys.stdout.write(text)
+            return
+        if _stream(self._json):
+            self._json.write_text(text, encoding="utf-8")
             return
         from graphopt.onnxfile.write import replacing
 
@@ -86,13 +115,26 @@ class Terminal:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            _Count(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _Left(),
         )
         with Progress(*columns, console=self._err, transient=True) as bars:
             yield Bars(bars)
+
+
+class _Count(MofNCompleteColumn):
+    """`3/20`, and nothing for a step of unknown length."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total is not None else Text()
+
+
+class _Left(TimeRemainingColumn):
+    """The remaining time, where it is known."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task).append(" left") if task.total is not None else Text()
 
 
 class Bars:
@@ -114,6 +156,11 @@ class Bars:
         finally:
             self._progress.remove_task(task)
 
+    def stop(self) -> None:
+        """Take the bars away, so that tables can be printed."""
+        if self._progress is not None:
+            self._progress.stop()
+
     @contextlib.contextmanager
     def step(self, text: str) -> Iterator[None]:
         """One piece of work of unknown length."""
@@ -127,13 +174,9 @@ class Bars:
             self._progress.remove_task(task)
 
 
-def _check_json(path: Path, taken: Iterable[Path]) -> None:
-    from graphopt.onnxfile.write import check_output
-
-    check_output(path)
-    for other in taken:
-        if path.resolve() == other.resolve():
-            raise GraphOptError(f"expected a file of its own for the JSON, but {path} is a model; name another")
+def _stream(path: Path) -> bool:
+    """Whether this is standard output, a pipe or a device, which nothing may be moved over."""
+    return path == STDOUT or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 def finite(data: Any) -> Any:

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from graphopt.cli.runtime import Runtime, differences, feeds_of, installed
-from graphopt.cli.shared import Calib, Debug, Dims, Json, Quiet, Seed, calibration, check_dims, check_input, single_dims
+from graphopt.cli.shared import (
+    Calib,
+    Debug,
+    Dims,
+    Json,
+    Quiet,
+    Seed,
+    calibration,
+    check_dims,
+    check_input,
+    running_on,
+    single_dims,
+)
 from graphopt.cli.terminal import Bars, Terminal, number
 from graphopt.errors import CheckFailed, GraphOptError
 
@@ -23,9 +35,14 @@ if TYPE_CHECKING:
 def verify(
     a: Annotated[Path, typer.Argument(metavar="A", help="The reference .onnx file.", show_default=False)],
     b: Annotated[Path, typer.Argument(metavar="B", help="The .onnx file in question.", show_default=False)],
-    rtol: Annotated[float | None, typer.Option(min=0, help="Largest relative RMS difference that passes.")] = None,
+    rtol: Annotated[
+        float | None, typer.Option(min=0, help="Largest relative RMS difference that passes.")
+    ] = None,
     atol: Annotated[
-        float | None, typer.Option(min=0, help="Largest absolute difference that passes; either suffices if both are given.")
+        float | None,
+        typer.Option(
+            min=0, help="Largest absolute difference that passes; either suffices if both are given."
+        ),
     ] = None,
     min_cosine: Annotated[
         float | None, typer.Option(min=-1, max=1, help="Smallest mean cosine similarity that passes.")
@@ -45,7 +62,8 @@ def verify(
 
     Example: `graphopt verify model.onnx model.linearize.onnx --calib data.npz --min-cosine 0.99`
     """
-    terminal = Terminal(json, quiet, taken=[a, b])
+    terminal = Terminal(json, quiet)
+    terminal.reserve(a, b)
     sizes = single_dims(dim)
     check_input(a)
     check_input(b)
@@ -57,7 +75,7 @@ def verify(
     check_dims(first, sizes)
     data = calibration(first, calib, seed, sizes)
     engine = runtime or ("onnxruntime" if installed() else "torch")
-    with terminal.progress() as bars:
+    with terminal.progress() as bars, running_on(first, data):
         if engine == "torch":
             outputs = _on_torch(first, second, data, bars)
         else:
@@ -95,7 +113,8 @@ def check_interfaces(a: Graph, b: Graph) -> None:
         left, right = ([spec.name for spec in getattr(graph, what)] for graph in (a, b))
         if sorted(left) != sorted(right):
             raise GraphOptError(
-                f"expected two models with the same {what}, found {', '.join(left)} in A and {', '.join(right)} in B"
+                f"expected two models with the same {what}, "
+                f"found {', '.join(left)} in A and {', '.join(right)} in B"
             )
 
 
@@ -126,9 +145,11 @@ def _on_torch(a: Graph, b: Graph, data: Calibration, bars: Bars) -> list[OutputD
     return measure(a, b, bars.track(data, len(data), "Comparing"))
 
 
-def _on_onnxruntime(paths: tuple[Path, Path], graph: Graph, data: Calibration, bars: Bars) -> list[OutputDifference]:
+def _on_onnxruntime(
+    paths: tuple[Path, Path], graph: Graph, data: Calibration, bars: Bars
+) -> list[OutputDifference]:
     with bars.step("Loading into onnxruntime"):
-        first, second = (Runtime(path) for path in paths)
+        first, second = (_session(path) for path in paths)
     inputs, names = ([spec.name for spec in specs] for specs in (graph.inputs, graph.outputs))
     expected, found = [], []
     for values in bars.track(data, len(data), "Comparing"):
@@ -138,9 +159,17 @@ def _on_onnxruntime(paths: tuple[Path, Path], graph: Graph, data: Calibration, b
     return differences(names, expected, found)
 
 
+def _session(path: Path) -> Runtime:
+    try:
+        return Runtime(path)
+    except GraphOptError as error:
+        raise GraphOptError(f"{error}; --runtime torch may") from error
+
+
 def show_outputs(terminal: Terminal, title: str, outputs: Sequence[OutputDifference]) -> None:
     """The table that `transform` and `verify` share."""
     rows = (
-        (o.name, number(o.max_abs), number(o.rel_rms), f"{o.cosine:.6f}", "yes" if o.bitwise else "no") for o in outputs
+        (o.name, number(o.max_abs), number(o.rel_rms), f"{o.cosine:.6f}", "yes" if o.bitwise else "no")
+        for o in outputs
     )
     terminal.table(title, ("output", "max abs>", "relative RMS>", "cosine>", "same bits"), rows)

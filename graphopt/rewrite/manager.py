@@ -82,7 +82,11 @@ def apply(
             )
     compared = data.batches[:: max(1, len(data) // _COMPARED)][:_COMPARED]
     report.outputs, report.samples = measure(graph, current, compared), len(compared)
-    _check(items, report, min_cosine)
+    try:
+        _check(items, report, min_cosine)
+    except CheckFailed as error:
+        error.report = report
+        raise
     return Result(current, report)
 
 

@@ -26,7 +26,13 @@ class Comparison:
 
 
 def compare(
-    a: Graph, b: Graph, inputs: Any = None, *, rtol: float | None = None, atol: float | None = None, seed: int = 0
+    a: Graph,
+    b: Graph,
+    inputs: Any = None,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    seed: int = 0,
 ) -> Comparison:
     """Run both graphs on the same inputs and measure each output's difference.
 
@@ -50,7 +56,9 @@ def compare(
     if rtol is None and atol is None:
         return Comparison(outputs, len(data))
     missed = [o for o in outputs if not _within(o, rtol, atol)]
-    reason = "; ".join(f"{o.name}: relative RMS {o.rel_rms:.3g}, largest difference {o.max_abs:.3g}" for o in missed)
+    reason = "; ".join(
+        f"{o.name}: relative RMS {o.rel_rms:.3g}, largest difference {o.max_abs:.3g}" for o in missed
+    )
     return Comparison(outputs, len(data), not missed, reason)
 
 

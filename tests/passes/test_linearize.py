@@ -188,7 +188,7 @@ def test_position_bias_is_refused(tmp_path):
     result = graphopt.load(path).apply("linearize", calibration=calibration(1))
     (site,) = result.report.passes[0].sites
     assert site.status == "refused"
-    assert "depends on both positions" in site.reason
+    assert "finite biases" in site.reason
 
 
 def test_a_site_that_misses_is_reverted(tmp_path):
