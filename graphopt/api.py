@@ -59,8 +59,8 @@ def transform(
 
 
 def verify(a: Any, b: Any, inputs: Any, *, rtol: float | None = None, atol: float | None = None) -> Any:
-    """Compare two models on the same inputs; see `graphopt.verify.compare`."""
-    from graphopt.verify.compare import compare
+    """Compare two models on the same inputs; see `graphopt.verification.compare`."""
+    from graphopt.verification.compare import compare
 
     first, second = (x if isinstance(x, Graph) else load(x) for x in (a, b))
     return compare(first, second, inputs, rtol=rtol, atol=atol)

@@ -88,7 +88,7 @@ def _contiguous(value: Any) -> Any:
 def differences(
     names: Sequence[str], expected: Sequence[Sequence[Any]], found: Sequence[Sequence[Any]]
 ) -> list[OutputDifference]:
-    """Each output's difference over all batches, as `graphopt.verify.compare` states it.
+    """Each output's difference over all batches, as `graphopt.verification.compare` states it.
 
     Args:
         names: of the outputs.
@@ -96,7 +96,7 @@ def differences(
         found: the same of the model in question.
     """
     from graphopt.rewrite.report import OutputDifference
-    from graphopt.verify.numbers import difference
+    from graphopt.verification.numbers import difference
 
     table = []
     for i, name in enumerate(names):

@@ -140,7 +140,7 @@ def _bound(value: float | None) -> str:
 
 
 def _on_torch(a: Graph, b: Graph, data: Calibration, bars: Bars) -> list[OutputDifference]:
-    from graphopt.verify.compare import measure
+    from graphopt.verification.compare import measure
 
     return measure(a, b, bars.track(data, len(data), "Comparing"))
 

@@ -247,7 +247,7 @@ def _spec(value: onnx.ValueInfoProto) -> ValueSpec:
 def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
     which = dim.WhichOneof("value")
     if which == "dim_value":
-        return int(dim.dim_value)
+        return int(dim.dim_value) if dim.dim_value >= 0 else None  # some exporters write -1 for unknown
     return dim.dim_param or None if which == "dim_param" else None
 
 

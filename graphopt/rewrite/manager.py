@@ -14,7 +14,7 @@ from graphopt.rewrite.base import Equivalence, Pass
 from graphopt.rewrite.context import Context, Track, _silent
 from graphopt.rewrite.options import parse_all, spell
 from graphopt.rewrite.report import PassReport, Report, Result
-from graphopt.verify.compare import measure
+from graphopt.verification.compare import measure
 
 # Comparing whole models on every batch would double the run time; a few batches show the size of the change.
 _COMPARED = 4

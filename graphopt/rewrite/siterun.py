@@ -12,7 +12,7 @@ from graphopt.rewrite.base import Equivalence, SitePass, Tolerance, site_name
 from graphopt.rewrite.context import Context, Replacement
 from graphopt.rewrite.report import SiteReport, Status
 from graphopt.rewrite.splice import splice
-from graphopt.verify.numbers import difference
+from graphopt.verification.numbers import difference
 
 if TYPE_CHECKING:
     from graphopt.graph import Graph

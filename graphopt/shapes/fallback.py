@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.graph import Graph
 from graphopt.shapes.declared import Declared, DeclaredValue
-from graphopt.shapes.symbols import SymbolTable
+from graphopt.shapes.symbols import SymbolTable, is_name
 from graphopt.shapes.trial import trials
 from graphopt.shapes.values import Unknown, is_made_up, strings
 
@@ -32,7 +32,12 @@ class Fallback:
         self._fresh: dict[tuple[str, int, int], sympy.Symbol] = {}
 
     def value(
-        self, node: fx.Node, args: tuple[Any, ...] | None, kwargs: dict[str, Any], reason: str, size_of: SizeOf
+        self,
+        node: fx.Node,
+        args: tuple[Any, ...] | None,
+        kwargs: dict[str, Any],
+        reason: str,
+        size_of: SizeOf,
     ) -> Any:
         """A value of the node's shape, `Unknown` (or a tuple that holds it) where that cannot be told.
 
@@ -105,7 +110,8 @@ class Fallback:
     def _symbol(self, node: fx.Node, index: int, axis: int, name: str | None = None) -> sympy.Symbol:
         key = (node.name, index, axis)
         if key not in self._fresh:
-            named = name is not None and not name.startswith("unk__")
+            # `unk__` is what ONNX's shape inference makes up.
+            named = name is not None and is_name(name) and not name.startswith("unk__")
             self._fresh[key] = self._table.get(name) if name is not None and named else self._table.fresh()
         return self._fresh[key]
 

@@ -18,9 +18,11 @@ Vector = tuple[int, ...]
 
 # Bounds of the search; formulas of real models stay far below them.
 _MOST_NEAR = 8
-_LARGEST_STRIDE = 64
+_LARGEST_STRIDE = 1024
 _MOST_MONOMIALS = 60
 _LARGEST_DENOMINATOR = 64
+# With fewer observations, a formula of two unknowns would be a guess.
+_FEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,20 @@ class Term:
 
 @dataclass(frozen=True)
 class Wish:
-    """An observation that would tell `low <= a <= high` apart in floor((x + a) / b)."""
+    """An observation that would tell more about the quotient floor((x + a) / stride)."""
 
     expression: sympy.Expr
-    stride: int
-    low: int
-    high: int
+    """x"""
+    stride: int | None
+    """None where several strides explain the observations: one at a much larger x would tell them apart."""
+    low: int = 0
+    high: int = 0
+    """The range of `a`."""
 
-    def value_at_middle(self, x: int) -> bool:
+    def halves(self, x: int) -> bool:
         """Whether observing `x` halves the range."""
         middle = (self.low + self.high + 1) // 2
-        return (x + middle) % self.stride == 0
+        return self.stride is not None and (x + middle) % self.stride == 0
 
 
 class Fitter:
@@ -73,16 +78,22 @@ class Fitter:
         if same is not None:
             return same
         local = list({t.vector: t for t in near if len(set(t.vector)) > 1}.values())[:_MOST_NEAR]
-        found = (
-            _scaled(vector, self._monomials)
-            or _affine(vector, local)
-            or _affine(vector, [*_products(near), *_sums(local)])
-            or _affine(vector, self._symbols)
-            or self._strided(vector, local)
-            or self._strided(vector, self._symbols)
-            or _affine(vector, self._monomials)
-            or self._two_monomials(vector)
-        )
+        found = _scaled(vector, self._monomials, True)
+        if found is None and self._count >= _FEWEST:
+            merged = [*_products(near), *_sums(local)]
+            # A fraction of a size may as well be its rounded-down quotient, so those are looked at before.
+            found = (
+                _affine(vector, local, True)
+                or _affine(vector, merged, True)
+                or _affine(vector, self._symbols, True)
+                or self._strided(vector, local)
+                or self._strided(vector, self._symbols)
+                or _scaled(vector, self._monomials, False)
+                or _affine(vector, local, False)
+                or _affine(vector, merged, False)
+                or _affine(vector, self._monomials, False)
+                or self._two_monomials(vector)
+            )
         if found is not None:
             self._known[vector] = found
         return found
@@ -92,22 +103,23 @@ class Fitter:
         self._known.setdefault(term.vector, term)
 
     def _strided(self, vector: Vector, terms: Iterable[Term]) -> Term | None:
-        """floor((t + a) / stride) of the smallest stride, if exactly one `a` explains all values."""
+        """floor((t + a) / stride), if exactly one pair of `a` and `stride` explains all values."""
         for term in terms:
-            for stride in range(2, _LARGEST_STRIDE + 1):
+            fitting = []
+            for stride in _strides(vector, term.vector):
                 low = max(v * stride - t for v, t in zip(vector, term.vector, strict=True))
                 high = min(v * stride + stride - 1 - t for v, t in zip(vector, term.vector, strict=True))
-                if low > high:
-                    continue
-                if low < high:
-                    self.wishes.append(Wish(term.expression, stride, low, high))
-                    break
-                return _floor(term, low, stride, vector)
+                if low <= high:
+                    fitting.append((stride, low, high))
+            if len(fitting) == 1 and fitting[0][1] == fitting[0][2]:
+                return _floor(term, fitting[0][1], fitting[0][0], vector)
+            if fitting:
+                self.wishes.append(Wish(term.expression, *(fitting[0] if len(fitting) == 1 else (None,))))
         return None
 
     def _two_monomials(self, vector: Vector) -> Term | None:
-        """c1 * m1 + c2 * m2 + c0, which needs two observations more than it has unknowns."""
-        if self._count < 5:
+        """c1 * m1 + c2 * m2 + c0, which has one unknown more than the other forms."""
+        if self._count <= _FEWEST:
             return None
         wanted = _differences(vector)
         steps = [_differences(m.vector) for m in self._monomials]
@@ -160,19 +172,19 @@ def _sums(near: Sequence[Term]) -> Iterator[Term]:
         yield Term(a.expression - b.expression, difference)
 
 
-def _scaled(vector: Vector, terms: Iterable[Term]) -> Term | None:
-    """c * t."""
+def _scaled(vector: Vector, terms: Iterable[Term], integral: bool) -> Term | None:
+    """A multiple of a term, c * t."""
     for term in terms:
         factor = Fraction(vector[0], term.vector[0]) if term.vector[0] else None
-        if factor is None or factor.denominator > _LARGEST_DENOMINATOR or factor == 0:
+        if not factor or factor.denominator > (1 if integral else _LARGEST_DENOMINATOR):
             continue
         if all(v == factor * t for v, t in zip(vector, term.vector, strict=True)):
             return Term(sympy.expand(_number(factor) * term.expression), vector)
     return None
 
 
-def _affine(vector: Vector, terms: Iterable[Term]) -> Term | None:
-    """c * t + d."""
+def _affine(vector: Vector, terms: Iterable[Term], integral: bool) -> Term | None:
+    """A multiple of a term and a constant, c * t + d."""
     wanted = _differences(vector)
     for term in terms:
         steps = _differences(term.vector)
@@ -183,7 +195,7 @@ def _affine(vector: Vector, terms: Iterable[Term]) -> Term | None:
         if any(w != factor * s for w, s in zip(wanted, steps, strict=True)):
             continue
         rest = vector[0] - factor * term.vector[0]
-        if factor == 0 or max(factor.denominator, rest.denominator) > _LARGEST_DENOMINATOR:
+        if not factor or max(factor.denominator, rest.denominator) > (1 if integral else _LARGEST_DENOMINATOR):
             continue
         expression = sympy.expand(_number(factor) * term.expression + _number(rest))
         if factor == 1 and rest.denominator == 1 and term.base is not None:
@@ -204,6 +216,16 @@ def _solve(wanted: Vector, a: Vector, b: Vector) -> tuple[Fraction, Fraction] | 
     if any(p * a[k] + q * b[k] != wanted[k] * determinant for k in rows):
         return None
     return Fraction(p, determinant), Fraction(q, determinant)
+
+
+def _strides(vector: Vector, steps: Vector) -> range:
+    """The strides that the overall slope leaves possible."""
+    (low, first), (high, last) = (f(zip(steps, vector, strict=True)) for f in (min, max))
+    rise, run = last - first, high - low
+    if rise < 1 or run < 2:
+        return range(0)
+    most = _LARGEST_STRIDE if rise == 1 else min(_LARGEST_STRIDE, (run - 1) // (rise - 1))
+    return range(max(2, -(-(run + 1) // (rise + 1))), most + 1)
 
 
 def _floor(term: Term, shift: int, stride: int, vector: Vector) -> Term:

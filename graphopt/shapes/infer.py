@@ -12,7 +12,7 @@ from torch import fx
 
 from graphopt.errors import GraphOptError
 from graphopt.graph import Graph
-from graphopt.shapes.assign import ROUNDS, Assignment, Domain, settle
+from graphopt.shapes.assign import COLUMNS, RANGES, Assignment, Search
 from graphopt.shapes.express import Expressions, SymbolicValue
 from graphopt.shapes.fit import Wish
 from graphopt.shapes.observe import Evaluator, Observation, evaluate
@@ -20,7 +20,9 @@ from graphopt.shapes.symbols import SymbolTable, input_shapes
 
 # Each further observation halves the doubt about where a strided layer starts to round.
 _MOST_REFINEMENTS = 10
-_SEARCHED_SIZES = 260
+_SEARCHED_SIZES = 2100
+# How much larger a size is tried to tell strides apart.
+_FURTHER = 8
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Shapes:
     relations: Mapping[sympy.Symbol, sympy.Expr] = field(default_factory=dict)
     """Dimensions that the model names but that the graph accepts only as a function of others."""
     steps: Mapping[sympy.Symbol, tuple[int, int]] = field(default_factory=dict)
-    """Smallest observed size and step of a dimension that the graph does not accept at any small size."""
+    """Smallest observed size and step of a dimension that the graph accepts only in multiples."""
     open: frozenset[sympy.Symbol] = frozenset()
     """Those of `symbols` that are no dimension of an input."""
     _values: Mapping[fx.Node, tuple[SymbolicValue | None, ...]] = field(default_factory=dict, repr=False)
@@ -121,8 +123,9 @@ def shapes_of(graph: Graph) -> Shapes:
     inputs = input_shapes(graph.inputs, table)
     named = set(table.by_display.values())
     evaluator = Evaluator(graph, inputs, table)
-    domain, _ = settle(evaluator.observe, lambda: list(table.by_display.values()))
-    values, unknown = _Run(graph, evaluator, table, domain).expressions().finished(table)
+    run = _Run(graph, evaluator, table)
+    values, unknown = run.expressions().finished(table)
+    domain = run.domain
     declared = {
         node: tuple(dim.subs(domain.relations) for dim in shape)
         for node, shape in zip(graph.placeholders, inputs, strict=False)
@@ -134,7 +137,7 @@ def shapes_of(graph: Graph) -> Shapes:
         symbols=dict(table.by_display),
         unknown=unknown,
         relations=domain.relations,
-        steps=domain.scales,
+        steps={s: scale for s, scale in domain.scales.items() if scale[1] > 1},
         open=frozenset(table.by_display.values()) - named,
         _values=values,
     )
@@ -143,35 +146,68 @@ def shapes_of(graph: Graph) -> Shapes:
 class _Run:
     """The observations of one graph."""
 
-    def __init__(self, graph: Graph, evaluator: Evaluator, table: SymbolTable, domain: Domain) -> None:
+    def __init__(self, graph: Graph, evaluator: Evaluator, table: SymbolTable) -> None:
         self._graph = graph
         self._evaluator = evaluator
         self._table = table
-        self._domain = domain
         self._seen: list[tuple[Assignment, Observation]] = []
+        self._memo: dict[str, Observation] = {}
+        self._search = Search(self._evaluate, lambda: list(table.by_display.values()), graph.nodes)
+        self.domain = self._search.domain
 
     def expressions(self) -> Expressions:
         """Observe until the expressions are settled."""
-        self._observe(Assignment(self._domain))
-        if self._table.by_display:
-            for row in range(1, ROUNDS):
-                self._observe(Assignment(self._domain, row)) or self._observe(Assignment(self._domain, row, near=True))
-        for _ in range(_MOST_REFINEMENTS):
+        if not self._collect() and self._search.widen():
+            self.domain = self._search.domain
+            self._seen.clear()
+            self._collect()
+        self._pin()
+        for _ in range(_MOST_REFINEMENTS if self._table.by_display else 0):
             found = self._fitted()
             chosen = self._chosen(found.wishes)
-            if not chosen or not self._observe(Assignment(self._domain, len(self._seen), chosen=chosen)):
+            if not chosen or not self._observe(Assignment(self.domain, len(self._seen), chosen=chosen)):
                 return found
         return self._fitted()
 
+    def _collect(self) -> bool:
+        """Observe at all columns of the table, at narrower sizes where the widest are refused; were none?"""
+        self._observe(Assignment(self.domain))
+        refused = False
+        for column in range(1, COLUMNS) if self._table.by_display else ():
+            accepted = (i for i in range(RANGES) if self._observe(Assignment(self.domain, column, narrower=i)))
+            refused |= next(accepted, None) != 0
+        return not refused
+
+    def _pin(self) -> None:
+        """Vary each dimension that has not varied yet; one that the graph holds to its size is no variable."""
+        for symbol in self._free():
+            first = self._seen[0][0](symbol)
+            if any(sizes(symbol) != first for sizes, _ in self._seen):
+                continue
+            step = self.domain.scales.get(symbol, (0, 1))[1]
+            for size in (first + step, first + 2 * step, first - step):
+                self._observe(Assignment(self.domain, chosen={symbol: size}))
+            if all(sizes(symbol) == first for sizes, _ in self._seen):
+                self.domain = self.domain.tied(symbol, sympy.Integer(first))
+
+    def _free(self) -> list[sympy.Symbol]:
+        return [s for s in self._table.by_display.values() if s not in self.domain.relations]
+
+    def _evaluate(self, sizes: Assignment, hopeless: frozenset[fx.Node]) -> Observation:
+        """Evaluate, or recall: the search for a domain has seen some of the sizes already."""
+        key = f"{sizes.key} {len(hopeless)}"
+        if key not in self._memo:
+            self._memo[key] = self._evaluator.observe(sizes, hopeless)
+        return self._memo[key]
+
     def _fitted(self) -> Expressions:
-        free = [s for s in self._table.by_display.values() if s not in self._domain.relations]
-        columns = {s: [sizes(s) for sizes, _ in self._seen] for s in free}
+        columns = {s: [sizes(s) for sizes, _ in self._seen] for s in self._free()}
         return Expressions(self._graph, columns, [seen for _, seen in self._seen])
 
     def _observe(self, sizes: Assignment) -> bool:
-        """Add an observation, unless more nodes refuse these sizes than the first ones."""
-        seen = self._evaluator.observe(sizes)
-        if self._seen and len(seen.suspects) > len(self._seen[0][1].suspects):
+        """Add an observation, unless the graph refuses these sizes or tells less about them than the first ones."""
+        seen = self._evaluate(sizes, self._search.hopeless)
+        if seen.suspect is not None or (self._seen and seen.unknown > self._seen[0][1].unknown):
             return False
         self._seen.append((sizes, seen))
         return True
@@ -179,19 +215,23 @@ class _Run:
     def _chosen(self, wishes: list[Wish]) -> dict[sympy.Symbol, int]:
         """Sizes at which one more observation would tell most, one per symbol."""
         chosen: dict[sympy.Symbol, int] = {}
-        first = self._seen[0][0]
-        for wish in wishes:
+        for wish in dict.fromkeys(wishes):
             symbol = next((s for s in sorted(wish.expression.free_symbols, key=str) if s not in chosen), None)
             if symbol is None:
                 continue
-            low, step = self._domain.scales.get(symbol, (0, 1))
-            for size in range(low + 2 * step, low + step * _SEARCHED_SIZES, step):
-                value = evaluate(wish.expression, {**self._sizes(wish, first), symbol: size}.__getitem__)
-                if wish.value_at_middle(value):
-                    chosen[symbol] = size
-                    break
+            if wish.stride is None:
+                chosen[symbol] = _FURTHER * max(sizes(symbol) for sizes, _ in self._seen)
+                continue
+            size = self._halving(wish, symbol)
+            if size is not None:
+                chosen[symbol] = size
         return chosen
 
-    @staticmethod
-    def _sizes(wish: Wish, assignment: Assignment) -> dict[sympy.Symbol, int]:
-        return {symbol: assignment(symbol) for symbol in wish.expression.free_symbols}
+    def _halving(self, wish: Wish, symbol: sympy.Symbol) -> int | None:
+        """The smallest size of one dimension at which the wished-for observation can be made."""
+        first = self._seen[0][0]
+        others = {s: first(s) for s in wish.expression.free_symbols if s != symbol}
+        value_at = sympy.lambdify(symbol, wish.expression.subs(others), "math")
+        low, step = self.domain.scales.get(symbol, (0, 1))
+        sizes = range(low + 2 * step, low + step * _SEARCHED_SIZES, step)
+        return next((size for size in sizes if wish.halves(int(value_at(size)))), None)

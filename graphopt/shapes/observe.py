@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +15,14 @@ from graphopt.dialect import operator_of
 from graphopt.graph import Graph, ValueSpec
 from graphopt.opaque import OpaqueOperator
 from graphopt.shapes.fallback import Fallback, SizeOf
+from graphopt.shapes.shortcuts import shortcut
 from graphopt.shapes.symbols import SymbolTable
 from graphopt.shapes.values import Leaf, Unknown, leaves, strings, tensors
 
 # A tensor of at most this many elements keeps its values, as it may be part of shape arithmetic.
 SMALL = 1024
 # Operators that make a large tensor from small ones: the size is looked at before they run for real.
-_CREATORS = frozenset({"ConstantOfShape", "Range", "OneHot", "Tile", "Pad", "Resize", "Upsample", "CenterCropPad"})
+_CREATORS = frozenset({"ConstantOfShape", "OneHot", "Tile", "Pad", "Resize", "Upsample", "CenterCropPad"})
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,13 @@ class Observation:
     """What one evaluation saw: the leaves of each node's value, or why there are none."""
 
     leaves: dict[fx.Node, tuple[Leaf | Unknown, ...]] = field(default_factory=dict)
-    suspects: list[Suspect] = field(default_factory=list)
+    suspect: Suspect | None = None
+    """Where the evaluation ended early."""
+
+    @property
+    def unknown(self) -> int:
+        """How many nodes have no shape."""
+        return sum(any(isinstance(leaf, Unknown) for leaf in each) for each in self.leaves.values())
 
 
 class Evaluator:
@@ -48,6 +56,7 @@ class Evaluator:
     def __init__(self, graph: Graph, inputs: list[tuple[sympy.Expr, ...] | None], table: SymbolTable) -> None:
         self.graph = graph
         self._inputs = dict(zip(graph.placeholders, zip(graph.inputs, inputs, strict=True), strict=False))
+        self._table = table
         self._fallback = Fallback(graph, table)
         self._fixed = _independent(graph)
         self._kept: dict[fx.Node, Any] = {}
@@ -55,12 +64,12 @@ class Evaluator:
         self._meta: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @torch.no_grad()
-    def observe(self, size_of: SizeOf, accepted: frozenset[fx.Node] | None = None) -> Observation:
-        """Evaluate with every symbol at the size that `size_of` says.
+    def observe(self, size_of: SizeOf, hopeless: frozenset[fx.Node] = frozenset()) -> Observation:
+        """Evaluate with every symbol at the size that `size_of` says, up to the first node that refuses its operands.
 
         Args:
             size_of: asked for every symbol of the inputs, and for those of data-dependent sizes as they turn up.
-            accepted: when given, stop at the first suspect outside of it.
+            hopeless: nodes that refuse at all sizes, and that do not end the evaluation.
         """
         seen = Observation()
         env: dict[fx.Node, Any] = {}
@@ -74,22 +83,30 @@ class Evaluator:
             elif node.op == "get_attr":
                 env[node] = self._kept[node] = self._weight(node)
             else:
-                env[node] = self._run(node, position, env, size_of, seen)
+                value = self._run(node, env, size_of, node in hopeless)
+                if isinstance(value, frozenset):
+                    seen.suspect = Suspect(node, position, value)
+                    break
+                env[node] = value
             seen.leaves[node] = leaves(env[node])
-            if accepted is not None and seen.suspects and seen.suspects[-1].node not in accepted:
-                break
         return seen
 
     def _input(self, node: fx.Node, size_of: SizeOf) -> Any:
         spec, shape = self._inputs.get(node, (ValueSpec(node.name, None, None), None))
         if shape is None:
-            value = node.meta.get("val")
-            number = isinstance(value, (int, float, bool, torch.SymInt))
-            return int(value) if number else Unknown(f"input {spec.name!r} declares no shape")
+            return self._input_value(node, spec, size_of)
         sizes = tuple(evaluate(dim, size_of) for dim in shape)
         if isinstance(spec.dtype, torch.dtype):
             return torch.empty(sizes, dtype=spec.dtype, device="meta")
         return strings(sizes) if spec.dtype == "string" else Unknown(f"input {spec} has no torch type")
+
+    def _input_value(self, node: fx.Node, spec: ValueSpec, size_of: SizeOf) -> Any:
+        """An input that is no tensor: an integer is a symbol like a size, anything else keeps its example value."""
+        value = node.meta.get("val", node)
+        if isinstance(value, torch.SymInt):
+            return size_of(self._table.get(spec.name))
+        kept = value is None or isinstance(value, (int, float, bool, str))
+        return value if kept else Unknown(f"input {spec.name!r} declares no shape")
 
     def _weight(self, node: fx.Node) -> Any:
         value = self.graph.weight(node)
@@ -104,7 +121,8 @@ class Evaluator:
             self._meta[id(value)] = (value, value.detach().to("meta"))
         return self._meta[id(value)][1]
 
-    def _run(self, node: fx.Node, position: int, env: dict[fx.Node, Any], size_of: SizeOf, seen: Observation) -> Any:
+    def _run(self, node: fx.Node, env: dict[fx.Node, Any], size_of: SizeOf, hopeless: bool) -> Any:
+        """The node's value, or the sizes of operands that do not fit each other."""
         for source in node.all_input_nodes:
             if isinstance(env[source], Unknown):
                 return self._fallback.value(node, None, {}, f"its input {source.name} is unknown", size_of)
@@ -113,9 +131,8 @@ class Evaluator:
         try:
             value = pytree.tree_map(_shrunk, self._call(node, args, kwargs))
         except Exception as error:  # whatever a torch function raises: the reason decides what happens next
-            if not _wants_values(node, args, error):
-                sizes = frozenset(size for x in tensors((args, kwargs)) for size in x.shape)
-                seen.suspects.append(Suspect(node, position, sizes))
+            if not hopeless and not _wants_values(node, args, error):
+                return frozenset(size for x in tensors((args, kwargs)) for size in x.shape)
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             return pytree.tree_map(_shrunk, self._fallback.value(node, args, kwargs, reason, size_of))
         if node in self._fixed:
@@ -134,6 +151,14 @@ class Evaluator:
             return self._call_torch(function, args, kwargs, mixed)
         if mixed:
             args = tuple(a if i in entry.values else self._all_meta(a) for i, a in enumerate(args))
+            quick = shortcut(entry)
+            value = NotImplemented if quick is None else quick(args, kwargs)
+            if value is not NotImplemented:
+                return value
+        elif entry.name == "Range":
+            start, limit, delta = (float(x) for x in args)
+            if abs(limit - start) > SMALL * abs(delta):
+                return torch.empty(math.ceil((limit - start) / delta), dtype=args[0].dtype, device="meta")
         elif entry.name in _CREATORS:
             with torch.device("meta"):
                 value = function(*args, **kwargs)

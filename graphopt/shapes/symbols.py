@@ -42,6 +42,11 @@ class SymbolTable:
         return self.get(f"d{self._fresh}")
 
 
+def is_name(text: str | None) -> bool:
+    """Whether a dim_param names a dimension, and does not merely say that it is dynamic."""
+    return text is not None and text.strip().lower() not in _NAMELESS
+
+
 def identifier(display: str) -> str:
     """A valid Python identifier that reads like `display`."""
     name = re.sub(r"\W+", "_", display, flags=re.ASCII).strip("_") or "dim"
@@ -59,7 +64,7 @@ def input_shapes(inputs: Sequence[ValueSpec], table: SymbolTable) -> list[tuple[
     def expression(spec: ValueSpec, axis: int, dim: Dim) -> sympy.Expr:
         if isinstance(dim, int) and dim >= 0:
             return sympy.Integer(dim)
-        if not isinstance(dim, str) or dim.strip().lower() in _NAMELESS:
+        if not isinstance(dim, str) or not is_name(dim):
             return table.get(f"{spec.name}_{axis}")
         parsed = None if dim.isidentifier() else parse(dim, alone, table)
         return table.get(dim) if parsed is None else parsed

@@ -32,6 +32,9 @@ SAME_VALUE = frozenset({"identity", "cast", "dropout"})
 """Kinds whose value is that of their first operand, up to the precision of a cast between float types."""
 SHAPES = frozenset({"shape", "size"})
 """Kinds that read the sizes of their operand, not its values."""
+_LIKES = frozenset(
+    {"full_like", "zeros_like", "ones_like", "empty_like", "new_full", "new_zeros", "new_ones", "new_empty"}
+)
 _FOLD_LIMIT = 1 << 16
 _LAYOUT = frozenset({"identity", "unsqueeze", "squeeze", "reshape", "transpose"})
 
@@ -311,6 +314,29 @@ def ancestors(
     return found
 
 
+def value_parents(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values `node` reads, not only their sizes or element types."""
+    if kind(node) in SHAPES or kind(node) in _LIKES:
+        return []
+    entry = operator_of(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]  # callable
+    packet = getattr(node.target, "_opname", "")
+    if (entry is not None and entry.name == "CastLike") or packet in ("expand_as", "view_as", "type_as"):
+        return [n for n in node.args[:1] if isinstance(n, fx.Node)]
+    return parents(node)
+
+
+def value_ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """`nodes` and all whose values they depend on."""
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += value_parents(node)
+    return found
+
+
 def depends_on_values(node: fx.Node) -> bool:
     """Whether `node` depends on the values of an input, not only on sizes and weights."""
-    return any(n.op == "placeholder" for n in ancestors([node], stop=lambda n: kind(n) in SHAPES))
+    return any(n.op == "placeholder" for n in value_ancestors([node]))

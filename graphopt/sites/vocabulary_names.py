@@ -108,8 +108,9 @@ MICROSOFT = _inverted(
 )
 
 _CHEAP = (
-    "identity cast unsqueeze squeeze reshape transpose expand concat slice gather add sub rsub mul div "
-    "floordiv pow neg sqrt rsqrt reciprocal abs floor erf exp constant_of_shape full scalar_tensor ones zeros fill"
+    "identity cast unsqueeze squeeze reshape transpose expand concat slice gather "
+    "add sub rsub mul div floordiv pow neg sqrt rsqrt reciprocal abs floor erf exp "
+    "constant_of_shape full scalar_tensor ones zeros fill"
 )
 FOLDABLE = frozenset(_CHEAP.split())
 """Cheap and pure kinds: folded when every operand is constant."""

@@ -12,7 +12,7 @@ from graphopt.calibration import Calibration, calibration_for
 from graphopt.errors import GraphOptError
 from graphopt.graph import Graph
 from graphopt.rewrite.report import OutputDifference
-from graphopt.verify.numbers import Difference, difference
+from graphopt.verification.numbers import Difference, difference
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Measuring what a rewrite did to the numbers."""
 
-from graphopt.verify.compare import compare
+from graphopt.verification.compare import compare
 
 __all__ = ["compare"]

@@ -1,0 +1,22 @@
+"""Parameters, bytes, FLOPs and peak activation memory as expressions in the model's own symbols."""
+
+# The two tables enter their counts when they are imported.
+from graphopt.cost import contractions, pointwise
+from graphopt.cost.compare import Row, compare
+from graphopt.cost.display import format_expr, format_number
+from graphopt.cost.model import Cost, cost_of
+from graphopt.cost.table import Call, MissingShapeError, flops
+
+__all__ = [
+    "Call",
+    "Cost",
+    "MissingShapeError",
+    "Row",
+    "compare",
+    "contractions",
+    "cost_of",
+    "flops",
+    "format_expr",
+    "format_number",
+    "pointwise",
+]
