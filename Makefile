@@ -4,7 +4,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 
 PYTHON := $(VENV)/bin/python
-PIP_INSTALL = $(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+PIP_INSTALL = $(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 INSTALLED := $(VENV)/.stamp-install
 MINILM := $(VENV)/.stamp-minilm

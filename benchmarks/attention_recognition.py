@@ -48,7 +48,8 @@ class Row:
     candidates: int = 0
     kinds: list[str] = field(default_factory=list)
     error: float = 0.0
-    """Largest difference of a site's meaning from what the model computes, relative to the largest value."""
+    """Largest difference of a site from what the model computes, relative to the largest value; differences in
+    half precision are divided by how much wider its tolerance is than that of float32."""
     refusals: list[dict[str, str]] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -74,9 +75,7 @@ def exports(folder: Path, dynamo: bool) -> Iterator[tuple[str, Callable[[], Path
 def _bert() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37
-    )
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37)
     config._attn_implementation = "eager"
     return BertModel(config), _tokens(50)
 
@@ -140,9 +139,7 @@ class First(torch.nn.Module):
         return result
 
 
-def export(
-    path: Path, make: Callable[[], tuple[torch.nn.Module, dict[str, torch.Tensor]]], dynamo: bool
-) -> Path:
+def export(path: Path, make: Callable[[], tuple[torch.nn.Module, dict[str, torch.Tensor]]], dynamo: bool) -> Path:
     """Write one model as .onnx, with symbolic batch and length."""
     torch.manual_seed(0)
     model, inputs = make()
@@ -167,7 +164,7 @@ def _dynamic(value: torch.Tensor) -> dict[int, Any]:
 
 
 def largest_error(graph: Graph, sites: Any, values: list[Any] | None = None) -> float:
-    """How far the meaning of the sites is from what the model computes, relative to the largest value."""
+    """How far the meaning of the sites is from what the model computes; see `Row.error`."""
     seen: dict[Any, Any] = {}
     wanted = {n for s in sites for n in (*s.inputs, s.output)}
 
@@ -249,22 +246,16 @@ def table(found: list[Row]) -> str:
 
 def main() -> None:
     """Run everything."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = os.environ.get("GRAPHOPT_TEST_DATA")
     parser.add_argument("--data", type=Path, default=default, help="folder that holds zoo/ and zoo_extra/")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "attention_recognition.json"
-    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "attention_recognition.json")
     arguments = parser.parse_args()
     found = list(rows(arguments.data))
     packages = ("onnx", "torch", "transformers")
     versions = {name: importlib.metadata.version(name) for name in packages}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(
-        json.dumps({"versions": versions, "rows": [asdict(r) for r in found]}, indent=1) + "\n"
-    )
+    arguments.out.write_text(json.dumps({"versions": versions, "rows": [asdict(r) for r in found]}, indent=1) + "\n")
     print(table(found))
 
 

@@ -72,9 +72,7 @@ def build(path: Path) -> None:
             for key, value in span.items():
                 tensor.external_data.add(key=key, value=str(value))
             data.write((block * (i + 1)).tobytes())
-            graph.node.append(
-                onnx.helper.make_node("MatMul", [f"x{i}", tensor.name], [f"h{i}"], name=f"product{i}")
-            )
+            graph.node.append(onnx.helper.make_node("MatMul", [f"x{i}", tensor.name], [f"h{i}"], name=f"product{i}"))
             graph.node.append(onnx.helper.make_node("Relu", [f"h{i}"], [f"x{i + 1}"], name=f"relu{i}"))
     opsets = [onnx.helper.make_opsetid("", 17)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
@@ -86,13 +84,9 @@ def measure(tool: str, source: Path, target: Path) -> dict[str, Any]:
     command = [sys.executable, "-c", program, str(source), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {
-            "error": done.stderr.strip().splitlines()[-1] if done.stderr else f"exit code {done.returncode}"
-        }
+        return {"error": done.stderr.strip().splitlines()[-1] if done.stderr else f"exit code {done.returncode}"}
     figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    figures["same_data"] = filecmp.cmp(
-        source.parent / "model.onnx.data", target.parent / "model.onnx.data", False
-    )
+    figures["same_data"] = filecmp.cmp(source.parent / "model.onnx.data", target.parent / "model.onnx.data", False)
     return figures
 
 

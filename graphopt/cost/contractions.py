@@ -195,7 +195,7 @@ def linear_attention(call: Call) -> sympy.Expr:
 def feature_map(call: Call) -> sympy.Expr:
     """A linear map per head `[B, H, T, D] x [H, D, F]`, then a softmax over the features of either sign."""
     B, H, T, D = call.input(0)
-    return 2 * B * H * T * D * call.input(1)[-1] + SOFTMAX * elements(call.output())
+    return B * H * T * call.input(1)[-1] * (2 * D + int(call.has(2))) + SOFTMAX * elements(call.output())
 
 
 @flops("LinearAttention", "com.microsoft::LinearAttention", contraction=True)

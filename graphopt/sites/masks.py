@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 HIDDEN = -1e3
 """A score this far below the visible level has no weight: exp(-1000) is 0 even in float64."""
-# Evaluating a mask must not cost a forward pass of a large model.
-_WEIGHT_LIMIT = 20_000_000
+WEIGHT_LIMIT = 20_000_000
+"""Evaluating a mask must not cost a forward pass of a large model."""
 # Windows are looked for up to here.
 _LONGEST = 4224
 # What stands between a mask that the caller passes and the place where it is used.
@@ -175,8 +175,8 @@ def evaluate(
         keys: S on that sample.
     """
     known = observed.sizes_known()
-    cost = _cost(graph, nodes, known)
-    if cost > _WEIGHT_LIMIT:
+    cost = weight_cost(graph, nodes, known)
+    if cost > WEIGHT_LIMIT:
         return Verdict(MaskKind.ARBITRARY, f"evaluating it takes a part of the model with {cost} weights")
     variable = any(vocabulary.depends_on_values(n) for n in nodes)
     observations = []
@@ -206,7 +206,7 @@ def _longer(
 ) -> Verdict:
     """Whether a window shows on sequences that are longer than every number in the mask's computation."""
     numbers = [n for n in _numbers(graph, nodes) if length < n <= _LONGEST]
-    cheap = _cost(graph, nodes, {}) <= _WEIGHT_LIMIT // 10
+    cheap = weight_cost(graph, nodes, {}) <= WEIGHT_LIMIT // 10
     if not numbers or not observed.sizes or verdict.kind is MaskKind.SLIDING or not cheap:
         return verdict
     for sizes in size_choices(graph, longer=max(numbers)):
@@ -280,6 +280,7 @@ def caller_given(graph: Graph, nodes: Iterable[fx.Node]) -> fx.Node | None:
     return None
 
 
-def _cost(graph: Graph, nodes: Iterable[fx.Node], known: Mapping[fx.Node, Any]) -> int:
+def weight_cost(graph: Graph, nodes: Iterable[fx.Node], known: Mapping[fx.Node, Any]) -> int:
+    """How many weights take part in the computation of `nodes` from the inputs and the values of `known`."""
     weights = [graph.weight(n) for n in needed(graph, nodes, known) if n.op == "get_attr"]
     return sum(int(w.numel()) for w in weights if isinstance(w, torch.Tensor) and w.is_floating_point())

@@ -234,6 +234,8 @@ class _Reader:
         up, gate = (layer, None) if gate is None else (up, layer)
         if any(kind(n) in _LAYOUT for n in between.members) and not self._same_rows(up):
             return "its values are reshaped between the layers in a way that is not known to keep the rows"
+        if not self._same_type(up):
+            return "its result is of another type than its input"
         members = {*between.members, *up.nodes, *self.down.nodes, *(gate.nodes if gate is not None else ())}
         region = self.scope.region(members, self.down.output)
         if isinstance(region, str):
@@ -289,6 +291,10 @@ class _Reader:
                 layer = replace(layer, bias=stored(operand))
                 known[operand] = torch.zeros((), dtype=torch.float64)
         return layer, known, ""
+
+    def _same_type(self, up: LinearSite) -> bool:
+        before, after = self.scope.shapes.dtype(up.x), self.scope.shapes.dtype(self.down.output)
+        return before is None or after is None or before == after
 
     def _same_rows(self, up: LinearSite) -> bool:
         before, after = self.scope.shape(up.output), self.scope.shape(self.down.x)

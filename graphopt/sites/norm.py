@@ -152,12 +152,14 @@ def _spelled(scope: Scope, node: fx.Node) -> NormSite | str | None:
         return f"it normalises over {'all axes' if axes is None else f'axes {axes}'}, not over the last one"
     found = _largest(scope, core, x)
     given = vocabulary.source(x)
-    if kind(x) == "cast" and same_value(x) and given is not None:
+    if kind(x) == "cast" and same_value(x) and given is not None and scope.shapes.dtype(given) is not None:
         # The cast to a wider type belongs to the norm if the region casts back behind it.
-        wider = _largest(scope, core, given)
-        if not isinstance(wider, str) and (isinstance(found, str) or wider.output is not found.output):
-            found = wider
-    return found
+        whole = _largest(scope, core, given)
+        if isinstance(found, str) or (not isinstance(whole, str) and len(whole[0]) > len(found[0])):
+            x, found = given, whole
+    if isinstance(found, str):
+        return found
+    return _site(scope, node, found[0], (x,), core.form, found[1], core.epsilon)
 
 
 def _core(scope: Scope, node: fx.Node) -> _Core | None:
@@ -230,8 +232,8 @@ def _keeps(mean: fx.Node) -> bool:
     return bool(vocabulary.attributes(mean).get("keepdims", 1))
 
 
-def _largest(scope: Scope, core: _Core, x: fx.Node) -> NormSite | str:
-    """The largest region around the core that is a norm of `x`, or why there is none."""
+def _largest(scope: Scope, core: _Core, x: fx.Node) -> tuple[tuple[fx.Node, ...], _Affine] | str:
+    """The largest region around the core that is a norm of `x`, with its scale and bias; or why there is none."""
     members = _grown(scope, core, x)
     reason = "what is done with the normalised value is not understood"
     for output in sorted(members, key=scope.order.__getitem__, reverse=True):
@@ -245,7 +247,7 @@ def _largest(scope: Scope, core: _Core, x: fx.Node) -> NormSite | str:
         if isinstance(region, str):
             reason = region
             continue
-        return _site(scope, core.root, region, (x,), core.form, roles, core.epsilon)
+        return region, roles
     return reason
 
 

@@ -60,9 +60,8 @@ def size_choices(graph: Graph, variant: int = 0, longer: int = 0) -> Iterator[di
         longer: how much longer than usual sequences are, with a batch of one.
     """
     symbols = _symbols(graph)
-    batch, lengths = _BATCHES[variant], _LENGTHS[variant]
-    if longer:
-        batch, lengths = 1, tuple(n + longer for n in lengths)
+    batch = 1 if longer else _BATCHES[variant]
+    lengths = [n + longer for n in _LENGTHS[variant]]
     firsts = [s for s, axis in symbols.items() if axis == 0 and not _is_length(s)]
     others = [s for s in symbols if s not in firsts]
     # Dims of different names that have to agree: cached and new lengths add up to what "total" counts.

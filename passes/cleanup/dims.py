@@ -41,8 +41,9 @@ def quotient(a: Dim, b: Dim) -> Dim | None:
         return a // b if b and a % b == 0 else None
     if b == 0:
         return None
-    found = sympy.sympify(a) / b
-    return plain(found) if sympy.fraction(found)[1] == 1 else None
+    found = sympy.expand(sympy.sympify(a) / b)
+    whole = all(sympy.fraction(term)[1] == 1 for term in sympy.Add.make_args(found))
+    return plain(found) if whole else None
 
 
 def equal(a: Dim, b: Dim) -> bool | None:

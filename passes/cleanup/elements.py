@@ -1,7 +1,7 @@
 """What small integer tensors hold, in symbols: the shape arithmetic that exporters write out as nodes.
 
-Sums and products of int64 stay equal to their symbolic form even where they overflow, as both are computed modulo 2^64;
-a quotient is taken only where it is whole.
+The one assumption of this pass is made here: that sizes fit the integer type in which the model computes with them.
+Where they do not (an axis of 2^31 elements counted in int32), the model itself computes with a wrapped size.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .dims import equal, plain, product, quotient, static
+from .operands import axes_of, slice_ranges
 
 if TYPE_CHECKING:
     from .facts import View
 
+SIZES = (torch.int64, torch.int32)
+"""Types in which models compute with sizes."""
 MOST = 64
 """Tensors of more elements hold no shape."""
 Elements = tuple[Any, ...]
 
 
 def elements_of(view: View) -> Elements | None:
-    """The elements of the node's value in row-major order: int64 ones as integers or expressions, or booleans."""
+    """The elements of the node's value in row-major order: integers or expressions, or booleans."""
     rule = _ELEMENTS.get(view.name)
     found = None if rule is None else rule(view)
     return found if found is not None and len(found) <= MOST else None
@@ -45,8 +48,7 @@ def _same(view: View) -> Elements | None:
 
 
 def _cast(view: View) -> Elements | None:
-    # A narrower type could overflow, which symbols do not show.
-    return view.elements(0) if view.argument(0).dtype == torch.int64 and view.attribute("to", 0) == 7 else None
+    return view.elements(0) if _integral(view) and view.attribute("to", 0) in (6, 7) else None
 
 
 def _gather(view: View) -> Elements | None:
@@ -59,8 +61,6 @@ def _gather(view: View) -> Elements | None:
 
 
 def _slice(view: View) -> Elements | None:
-    from .inference import slice_ranges
-
     given, shape, ranges = view.elements(0), view.shape(0), slice_ranges(view)
     if given is None or shape is None or len(shape) != 1 or ranges is None or len(ranges) != 1:
         return None
@@ -91,7 +91,7 @@ def _pairwise(view: View, function: Callable[[Any, Any], Any]) -> Elements | Non
 
 def _arithmetic(function: Callable[[Any, Any], Any]) -> Callable[[View], Elements | None]:
     def rule(view: View) -> Elements | None:
-        if any(a.dtype != torch.int64 for a in view.arguments) or len(view.arguments) != 2 or view.since < 7:
+        if not _integral(view) or len(view.arguments) != 2 or view.since < 7:
             return None
         return _pairwise(view, lambda a, b: plain(function(a, b)))
 
@@ -99,13 +99,11 @@ def _arithmetic(function: Callable[[Any, Any], Any]) -> Callable[[View], Element
 
 
 def _divide(view: View) -> Elements | None:
-    if any(a.dtype != torch.int64 for a in view.arguments) or view.since < 7:
-        return None
-    return _pairwise(view, quotient)
+    return _pairwise(view, quotient) if _integral(view) and view.since >= 7 else None
 
 
 def _equal(view: View) -> Elements | None:
-    return _pairwise(view, equal) if view.argument(0).dtype == torch.int64 else None
+    return _pairwise(view, equal) if _integral(view) else None
 
 
 def _where(view: View) -> Elements | None:
@@ -121,32 +119,32 @@ def _where(view: View) -> Elements | None:
 
 
 def _product(view: View) -> Elements | None:
-    given, shape = view.elements(0), view.shape(0)
-    if given is None or shape is None or len(shape) > 1 or view.argument(0).dtype != torch.int64 or not _all(view):
-        return None
-    return (product(given),)
+    given = view.elements(0)
+    return (product(given),) if given is not None and _over_vector(view) else None
 
 
 def _sum(view: View) -> Elements | None:
-    given, shape = view.elements(0), view.shape(0)
-    if given is None or shape is None or len(shape) > 1 or view.argument(0).dtype != torch.int64 or not _all(view):
-        return None
-    return (plain(sum(given)),)
+    given = view.elements(0)
+    return (plain(sum(given)),) if given is not None and _over_vector(view) else None
 
 
-def _all(view: View) -> bool:
-    """Whether a reduction of a vector reduces its only axis."""
-    from .inference import axes_of
-
-    axes = axes_of(view)
+def _over_vector(view: View) -> bool:
+    """Whether a reduction covers all of a vector, or a scalar."""
+    shape, axes = view.shape(0), axes_of(view)
+    if shape is None or len(shape) > 1 or not _integral(view):
+        return False
     if axes is None:
         return not view.has(1) and not view.attribute("noop_with_empty_axes", 0)
     return len(axes) == 1
 
 
+def _integral(view: View) -> bool:
+    return all(a.dtype in SIZES for a in view.arguments)
+
+
 def _filled(view: View) -> Elements | None:
     shape, value = view.elements(0), view.tensor_attribute("value")
-    if shape is None or not static(shape) or value is None or value.dtype not in (torch.int64, torch.bool):
+    if shape is None or not static(shape) or value is None or value.dtype not in (*SIZES, torch.bool):
         return None
     count = product(shape)
     return (value.item(),) * count if 0 <= count <= MOST else None

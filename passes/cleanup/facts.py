@@ -1,4 +1,4 @@
-"""What is known of each value before anything runs: element type, shape, elements of shape arithmetic, constants."""
+"""What is known of each value before anything runs: type, shape, elements of shape arithmetic, constants."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from graphopt.graph import Graph, attribute
 from graphopt.onnxfile.tensors import TORCH_DTYPES
 
 from .dims import Dim, Shape, plain, static, symbol
-from .elements import MOST, Elements, elements_of
+from .elements import MOST, SIZES, Elements, elements_of
 from .folding import Folder
-from .inference import element_type, shape_of, split_shapes
+from .inference import shape_of, split_shapes
 from .operators import operation
+from .types import element_type
 
 # The torch function knows more than the table about these, if all sizes are static.
 _ASK_FUNCTION = frozenset({"Conv", "MaxPool", "AveragePool", "Resize", "Range"})
@@ -32,7 +33,7 @@ class Fact:
     dtype: torch.dtype | None = None
     shape: Shape | None = None
     elements: Elements | None = None
-    """Of int64 and boolean tensors with few elements."""
+    """Of integer and boolean tensors with few elements."""
     value: torch.Tensor | None = None
     """Where it is the same for all inputs."""
     parts: tuple[Fact, ...] = ()
@@ -44,7 +45,7 @@ UNKNOWN = Fact()
 
 def constant(value: torch.Tensor) -> Fact:
     """All there is to know about a constant."""
-    few = value.dtype in (torch.int64, torch.bool) and value.numel() <= MOST
+    few = value.dtype in (*SIZES, torch.bool) and value.numel() <= MOST
     elements = tuple(value.reshape(-1).tolist()) if few else None
     return Fact(value.dtype, tuple(value.shape), elements, value)
 
@@ -104,7 +105,9 @@ class Facts:
         self.folder = folder
         self._known: dict[fx.Node, Fact] = {}
         self._specs = dict(zip(graph.placeholders, graph.inputs, strict=True))
-        self._unusual = _unusual_weights(graph)
+        self.overridable = _overridable(graph)
+        """ONNX names of weights that are defaults of graph inputs: part of the interface, no constants."""
+        self._packed = _packed(graph)
         source: Any = graph.source
         self._transient: frozenset[str] = getattr(source, "transient", frozenset())
 
@@ -125,7 +128,7 @@ class Facts:
             dtype = spec.dtype if isinstance(spec.dtype, torch.dtype) else None
             # A name that two inputs share need not be one size: no runtime checks that.
             dims = None if spec.shape is None else enumerate(spec.shape)
-            shape = dims and tuple(d if isinstance(d, int) else symbol(f"{node.name}#{i}") for i, d in dims)
+            shape = dims and tuple(d if isinstance(d, int) and d >= 0 else symbol(f"{node.name}#{i}") for i, d in dims)
             return Fact(dtype, None if spec.shape is None else shape or ())
         if operation(node) == "getitem":
             whole, index = node.args
@@ -135,13 +138,16 @@ class Facts:
         entry = operator_of(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]  # callable
         if entry is not None:
             return self._call(node, entry)
-        return self.folder.aten(node, self, _declared(node))
+        declared = _declared(node)
+        value = self.folder.aten(node, self, declared)
+        return declared if value is None else constant(value)
 
     def _weight(self, node: fx.Node) -> Fact:
         value = attribute(self.graph.module, str(node.target))
-        if not isinstance(value, torch.Tensor) or node.meta.get("onnx_name") in self._unusual:
+        name = node.meta.get("onnx_name")
+        if not isinstance(value, torch.Tensor) or name in self._packed or name in self.overridable:
             return UNKNOWN
-        # A module's parameters and buffers may be trained or loaded anew; only what torch.export lifted is constant.
+        # A module's parameters and buffers may be trained or loaded anew: only what torch.export lifted stays.
         if self.graph.onnx is None and str(node.target) not in self._transient and not _ours(node):
             return Fact(value.dtype, tuple(value.shape))
         return constant(value.detach())
@@ -151,8 +157,9 @@ class Facts:
         fact = Fact()
         if entry.domain == "":
             fact = Fact(element_type(view), shape_of(view), elements_of(view))
-        if node.kwargs.get("outputs", 1) > 1:
-            return self._several(view, entry, fact)
+        outputs = node.kwargs.get("outputs", 1)
+        if isinstance(outputs, int) and outputs > 1:
+            return self._several(view, entry, fact, outputs)
         if fact.shape is None or fact.dtype is None or entry.name in _ASK_FUNCTION:
             asked = self._ask_function(view, entry)
             fact = replace(fact, dtype=asked.dtype or fact.dtype, shape=asked.shape or fact.shape)
@@ -161,15 +168,14 @@ class Facts:
         return self._evaluate(view, fact)
 
     def _evaluate(self, view: View, fact: Fact) -> Fact:
-        if fact.elements is not None and fact.shape is not None and static(fact.elements) and static(fact.shape):
-            return constant(torch.tensor(fact.elements, dtype=fact.dtype).reshape(fact.shape))
-        if fact.elements is not None and (fact.shape is None or fact.dtype is None):
-            fact = replace(fact, elements=None)
         value = self.folder.evaluate(view, fact)
-        return fact if value is None else constant(value)
+        if value is None and _spelt(fact):
+            value = torch.tensor(fact.elements, dtype=fact.dtype).reshape(fact.shape or ())
+        if value is not None:
+            return constant(value)
+        return fact if fact.shape is not None and fact.dtype is not None else replace(fact, elements=None)
 
-    def _several(self, view: View, entry: Operator, first: Fact) -> Fact:
-        count = int(view.node.kwargs["outputs"])
+    def _several(self, view: View, entry: Operator, first: Fact, count: int) -> Fact:
         if entry.name == "Split" and entry.domain == "":
             parts = tuple(Fact(view.argument(0).dtype, shape) for shape in split_shapes(view, count))
         else:
@@ -192,6 +198,16 @@ class Facts:
             else:
                 return UNKNOWN
         return _asked(entry, args, self.folder.keywords(view.node))
+
+
+def _spelt(fact: Fact) -> bool:
+    """Whether all elements are known numbers that fit the type."""
+    if not static(fact.elements) or not static(fact.shape) or fact.dtype not in (*SIZES, torch.bool):
+        return False
+    if fact.dtype == torch.bool:
+        return True
+    bounds = torch.iinfo(fact.dtype)
+    return all(bounds.min <= e <= bounds.max for e in fact.elements or ())
 
 
 def _asked(entry: Operator, args: list[Any], kwargs: dict[str, Any]) -> Fact:
@@ -218,15 +234,22 @@ def _ours(node: fx.Node) -> bool:
     return str(node.target).startswith("graphopt.cleanup.")
 
 
-def _unusual_weights(graph: Graph) -> set[str]:
-    """ONNX names of weights whose torch value is not the whole story: overridable ones, and packed types."""
+def _overridable(graph: Graph) -> frozenset[str]:
+    if graph.onnx is None or graph.onnx.proto.ir_version < _IR_OF_DEFAULTS:
+        return frozenset()
+    proto = graph.onnx.proto.graph
+    stored = {t.name for t in proto.initializer} | {s.values.name for s in proto.sparse_initializer}
+    return frozenset(i.name for i in proto.input if i.name in stored)
+
+
+def _packed(graph: Graph) -> frozenset[str]:
+    """ONNX names of weights of 2- and 4-bit types, which torch holds in a wider one."""
     if graph.onnx is None:
-        return set()
-    proto = graph.onnx.proto
-    overridable = {i.name for i in proto.graph.input} if proto.ir_version >= _IR_OF_DEFAULTS else set()
-    found = {t.name for t in proto.graph.initializer if t.name in overridable or t.data_type not in TORCH_DTYPES}
-    found |= {s.values.name for s in proto.graph.sparse_initializer if s.values.name in overridable}
-    for node in proto.graph.node:
-        if node.op_type == "Constant" and any(a.HasField("t") and a.t.data_type not in TORCH_DTYPES for a in node.attribute):
+        return frozenset()
+    proto = graph.onnx.proto.graph
+    found = {t.name for t in proto.initializer if t.data_type not in TORCH_DTYPES}
+    for node in proto.node:
+        packed = any(a.HasField("t") and a.t.data_type not in TORCH_DTYPES for a in node.attribute)
+        if node.op_type == "Constant" and packed:
             found.update(node.output)
-    return found
+    return frozenset(found)

@@ -1,7 +1,7 @@
-"""Shapes and element types of ONNX operators, from those of their operands: only what holds for every input.
+"""Shapes of ONNX operators, from those of their operands: only what holds for every input.
 
-`graphopt.shapes` expresses shapes for sizes of two and more; a rewrite that is exact needs them for 0 and 1 as well,
-and may trust no recorded value_info. So this table is small, and what it does not know it calls a new symbol or None.
+`graphopt.shapes` expresses shapes for sizes of two and more; a rewrite that is exact needs them for 0 and 1 as
+well, and may trust no recorded value_info. What this table does not know it calls a new symbol, or None.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from graphopt.dialect.dtypes import dtype_of
-
 from .dims import Dim, Shape, broadcast, equal, plain, product, quotient, static
+from .operands import axes_of, slice_ranges
+from .operators import words
 
 if TYPE_CHECKING:
     from .facts import View
@@ -21,51 +19,19 @@ if TYPE_CHECKING:
 _END = 2**31 - 1
 """From this end on a slice reaches the end of any axis, as the ONNX standard recommends to spell it."""
 
-_BOOLEAN = frozenset(
-    "Equal Greater Less GreaterOrEqual LessOrEqual And Or Xor Not IsNaN IsInf".split()
-)
-_INTEGER = frozenset("Shape Size ArgMax ArgMin NonZero".split())
-UNARY = frozenset(
-    "Identity Dropout Relu LeakyRelu Elu Selu Celu ThresholdedRelu HardSigmoid HardSwish Sigmoid Tanh Softplus Softsign "
-    "Mish Gelu Erf Exp Log Sqrt Reciprocal Abs Neg Sign Floor Ceil Round Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh "
-    "Acosh Atanh Not IsNaN IsInf Cast CastLike Clip Softmax LogSoftmax Hardmax LayerNormalization RMSNormalization "
-    "BatchNormalization InstanceNormalization GroupNormalization LpNormalization MeanVarianceNormalization LRN CumSum "
-    "PRelu Trilu ScatterND ScatterElements Scatter QuantizeLinear DequantizeLinear BitwiseNot".split()
+UNARY = words(
+    "Identity Dropout Relu LeakyRelu Elu Selu Celu ThresholdedRelu HardSigmoid HardSwish Sigmoid Tanh "
+    "Softplus Softsign Mish Gelu Erf Exp Log Sqrt Reciprocal Abs Neg Sign Floor Ceil Round Sin Cos Tan "
+    "Asin Acos Atan Sinh Cosh Asinh Acosh Atanh Not IsNaN IsInf Cast CastLike Clip Softmax LogSoftmax "
+    "Hardmax LayerNormalization RMSNormalization BatchNormalization InstanceNormalization "
+    "GroupNormalization LpNormalization MeanVarianceNormalization LRN CumSum PRelu Trilu ScatterND "
+    "ScatterElements Scatter QuantizeLinear DequantizeLinear BitwiseNot"
 )
 """Operators whose (first) output has the shape of their first operand."""
-BINARY = frozenset(
-    "Add Sub Mul Div Pow Mod Equal Greater Less GreaterOrEqual LessOrEqual And Or Xor Where Sum Mean Max Min "
-    "BitwiseAnd BitwiseOr BitwiseXor BitShift".split()
+BINARY = words(
+    "Add Sub Mul Div Pow Mod Equal Greater Less GreaterOrEqual LessOrEqual And Or Xor Where Sum Mean "
+    "Max Min BitwiseAnd BitwiseOr BitwiseXor BitShift"
 )
-_OTHER_TYPE = _BOOLEAN | _INTEGER | {"Cast", "CastLike", "Where", "ConstantOfShape", "QuantizeLinear", "DequantizeLinear"}
-_SAME_TYPE = (
-    (UNARY | BINARY) - _OTHER_TYPE
-    | frozenset(
-        "Reshape Flatten Squeeze Unsqueeze Transpose Expand Tile Pad Slice Split Concat Gather GatherElements GatherND "
-        "MatMul Gemm Conv ConvTranspose Range ReduceMean ReduceSum ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 "
-        "ReduceSumSquare ReduceLogSum ReduceLogSumExp GlobalAveragePool GlobalMaxPool AveragePool MaxPool Resize "
-        "DepthToSpace SpaceToDepth".split()
-    )
-)
-
-
-def element_type(view: View) -> torch.dtype | None:
-    """The element type of the first output."""
-    name = view.name
-    if name in _BOOLEAN:
-        return torch.bool
-    if name in _INTEGER:
-        return torch.int64
-    if name == "Cast":
-        try:
-            return dtype_of(int(view.attribute("to", 0)))
-        except NotImplementedError:
-            return None
-    if name == "ConstantOfShape":
-        value = view.tensor_attribute("value")
-        return torch.float32 if value is None else value.dtype
-    position = {"CastLike": 1, "Where": 1, "DequantizeLinear": 1}.get(name, 0 if name in _SAME_TYPE else None)
-    return None if position is None else view.argument(position).dtype
 
 
 def shape_of(view: View) -> Shape | None:
@@ -105,17 +71,9 @@ def _wanted(view: View, axis: int, size: Dim, given: Shape | None, literal: bool
         if size != 0 or literal:
             return size
         return given[axis] if given is not None and axis < len(given) else view.atom(axis)
-    copied = given is not None and axis < len(given) and equal(size, given[axis]) is True
-    return size if copied or size.is_positive else view.atom(axis)
-
-
-def axes_of(view: View, position: int = 1) -> list[int] | None:
-    """The axes of the attribute or of the constant input; None where they are absent or not constant."""
-    given = view.attribute("axes", None)
-    if given is not None:
-        return [int(a) for a in given]
-    found = view.integers(position)
-    return None if found is None else list(found)
+    # A multiple of the size is 0 together with it.
+    harmless = given is not None and axis < len(given) and quotient(given[axis], size) is not None
+    return size if harmless or size.is_positive else view.atom(axis)
 
 
 def _reduced(view: View) -> Shape | None:
@@ -180,24 +138,6 @@ def _concat(view: View) -> Shape | None:
     return tuple(total if i == axis else d for i, d in enumerate(others))
 
 
-def slice_ranges(view: View) -> list[tuple[int, int, Dim, int]] | None:
-    """`(axis, start, end, step)` of each sliced axis; an end may be symbolic. None where another part is unknown."""
-    if view.since < 10:
-        starts, ends = view.attribute("starts", None), view.attribute("ends", None)
-        axes, steps = view.attribute("axes", None), None
-    else:
-        starts, ends = view.integers(1), view.elements(2) or view.integers(2)
-        axes, steps = view.integers(3), view.integers(4)
-        if (axes is None and view.has(3)) or (steps is None and view.has(4)):
-            return None
-    if starts is None or ends is None:
-        return None
-    axes, steps = axes if axes is not None else range(len(starts)), steps or [1] * len(starts)
-    if len({len(starts), len(ends), len(axes), len(steps)}) != 1:
-        return None
-    return [(int(a), int(b), c, int(d)) for a, b, c, d in zip(axes, starts, ends, steps, strict=True)]
-
-
 def _slice(view: View) -> Shape | None:
     given, ranges = view.shape(0), slice_ranges(view)
     if given is None:
@@ -242,7 +182,16 @@ def _gather(view: View) -> Shape | None:
 
 def _expand(view: View) -> Shape | None:
     wanted = view.elements(1)
-    return None if wanted is None else broadcast([view.shape(0), wanted], view.atom)
+    return None if wanted is None or _negative(wanted) else broadcast([view.shape(0), wanted], view.atom)
+
+
+def _filled(view: View) -> Shape | None:
+    wanted = view.elements(0)
+    return None if wanted is None or _negative(wanted) else wanted
+
+
+def _negative(dims: Sequence[Dim]) -> bool:
+    return any(isinstance(d, int) and d < 0 for d in dims)
 
 
 def _tile(view: View) -> Shape | None:
@@ -270,8 +219,10 @@ def _matmul(view: View) -> Shape | None:
     a, b = view.shape(0), view.shape(1)
     if not a or not b:
         return None
-    if len(a) == 1 or len(b) == 1:
-        return (*a[:-1], *b[:-2], *b[-1:]) if len(a) > 1 and len(b) > 1 else (*a[:-1], *b[:-2], *b[len(b) - 1 :][1:])
+    if len(b) == 1:
+        return a[:-1]
+    if len(a) == 1:
+        return (*b[:-2], b[-1])
     batch = broadcast([a[:-2], b[:-2]], view.atom)
     return None if batch is None else (*batch, a[-2], b[-1])
 
@@ -284,7 +235,7 @@ def _gemm(view: View) -> Shape | None:
 
 
 def _spatial(view: View, channels: Dim | None) -> Shape | None:
-    """Batch and channels; the other axes only where the torch function can be asked (see `facts`)."""
+    """Batch and channels; of the other axes the torch function knows more (see `facts`)."""
     given = view.shape(0)
     if not given or len(given) < 3 or channels is None:
         return None
@@ -306,10 +257,6 @@ def _same_rank(view: View) -> Shape | None:
     return None if given is None else tuple(map(view.atom, range(len(given))))
 
 
-def _second(view: View) -> Shape | None:
-    return view.shape(1)
-
-
 def _dims(view: View, position: int) -> Dim | None:
     shape = view.shape(position)
     return shape[0 if view.name == "Conv" else 1] if shape and len(shape) > 1 else None
@@ -324,7 +271,7 @@ _SHAPES: dict[str, Callable[[Any], Shape | None]] = {
     "Concat": _concat,
     "Slice": _slice,
     "Gather": _gather,
-    "GatherElements": _second,
+    "GatherElements": lambda view: view.shape(1),
     "Expand": _expand,
     "Tile": _tile,
     "Pad": _pad,
@@ -336,6 +283,6 @@ _SHAPES: dict[str, Callable[[Any], Shape | None]] = {
     "Resize": _same_rank,
     "Range": _range,
     "Size": lambda view: (),
-    "ConstantOfShape": lambda view: view.elements(0),
+    "ConstantOfShape": _filled,
     "Split": lambda view: split_shapes(view, 1)[0],
 }

@@ -1,4 +1,4 @@
-"""What a node computes, by one name for dialect functions, ATen overloads and opaque nodes; and what may not be touched."""
+"""What a node computes, by one name for dialect functions, ATen overloads and opaque nodes; and what is pure."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from graphopt.dialect import operator_of
 from graphopt.graph import Graph
 from graphopt.opaque import OpaqueOperator
 
-_RANDOM = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"}
-    # Generation loops of com.microsoft draw tokens.
-    | {"Sampling"}
-)
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text: a list of operators without the quotes."""
+    return frozenset(text.split())
+
+
+_DRAWS = ("Random", "Dropout", "Bernoulli", "Multinomial", "Sampling")
+"""What the names of random operators contain."""
+_KNOWN_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 
 
 def operation(node: fx.Node) -> str:
@@ -71,21 +75,34 @@ def pure(node: fx.Node, functions: Iterable[onnx.FunctionProto] = ()) -> bool:
     proto = opaque_proto(node)
     if proto is not None:
         return not _draws([proto], {(f.domain, f.name): f for f in functions}, set())
-    if node.op != "call_function":
+    if node.op != "call_function" or _draws_in_training(node):
         return False
     if isinstance(node.target, torch._ops.OpOverload):
-        return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+        # These update running statistics in training, whatever their schema says.
+        norm = node.target._schema.name in ("aten::batch_norm", "aten::instance_norm")
+        return not (norm or _seeded(node) or node.target._schema.is_mutable)
     if isinstance(node.target, torch._ops.OpOverloadPacket):
         return node.target._qualified_op_name.startswith("graphopt::")
     return node.target is operator.getitem or operator_of(node.target) is not None  # type: ignore[arg-type]  # callable
 
 
+def _seeded(node: fx.Node) -> bool:
+    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def _draws_in_training(node: fx.Node) -> bool:
+    """Dropout is the one dialect function that may be random: then onnxruntime runs it."""
+    return operation(node) == "Dropout" and len(node.args) > 2 and node.args[2] is not None
+
+
 def _draws(nodes: Iterable[onnx.NodeProto], functions: dict[Any, onnx.FunctionProto], seen: set[Any]) -> bool:
-    """Whether one of the nodes, in subgraphs and called functions too, is random."""
+    """Whether one of the nodes, in subgraphs and called functions too, is random, or could be for all we know."""
     for node in nodes:
-        if node.op_type in _RANDOM:
-            return True
         function = functions.get((node.domain, node.op_type))
+        unknown = function is None and node.domain not in _KNOWN_DOMAINS
+        if unknown or any(word in node.op_type for word in _DRAWS):
+            return True
         if function is not None and (node.domain, node.op_type) not in seen:
             seen.add((node.domain, node.op_type))
             if _draws(function.node, functions, seen):
@@ -107,10 +124,8 @@ def random_downstream(graph: Graph) -> set[fx.Node]:
     functions = graph.onnx.proto.functions if graph.onnx is not None else ()
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        proto = opaque_proto(node)
-        drawn = (proto is not None and not pure(node, functions)) or (
-            isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-        )
+        opaque = opaque_proto(node) is not None and not pure(node, functions)
+        drawn = opaque or _seeded(node) or _draws_in_training(node)
         if drawn or any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found

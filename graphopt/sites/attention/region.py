@@ -12,6 +12,7 @@ from graphopt.sites import vocabulary
 from graphopt.sites.attention.reference import compare
 from graphopt.sites.attention.view import RefusedError, View
 from graphopt.sites.base import AttentionSite
+from graphopt.sites.masks import WEIGHT_LIMIT, weight_cost
 from graphopt.sites.samples import Pattern, Sample, sample_inputs
 from graphopt.sites.vocabulary import kind, name_of
 
@@ -101,9 +102,13 @@ def _inputs(shown: Sample, fresh: Sample, site: AttentionSite) -> list[Any] | No
     """Random floats for queries, keys and values; the model's own values for masks and weights."""
     computed: frozenset[int] = getattr(site.split, "computed", frozenset())
     others = [n for i, n in enumerate(site.inputs) if i not in computed]
-    own = {**fresh.values(others, shown.sizes_known()), **_consistent(shown, site)}
     generator = torch.Generator().manual_seed(2)
     values: list[Any] = []
+    if weight_cost(shown.graph, others, shown.sizes_known()) <= WEIGHT_LIMIT:
+        own = fresh.values(others, shown.sizes_known())
+    else:  # any mask will do for the comparison; the model's own would take a part of the model to compute
+        own = {n: _anything(shown.shapes[n], shown.dtypes[n], generator) for n in others if n in shown.shapes}
+    own.update(_consistent(shown, site))
     for i, node in enumerate(site.inputs):
         if i not in computed:
             values.append(own.get(node))
@@ -111,6 +116,10 @@ def _inputs(shown: Sample, fresh: Sample, site: AttentionSite) -> list[Any] | No
             values.append(torch.randn(shown.shapes[node], generator=generator).to(shown.dtypes[node]))
     complete = len(values) == len(site.inputs) and not any(v is None for v in values)
     return values if complete else None
+
+
+def _anything(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.ones(shape).to(dtype)
 
 
 def _consistent(shown: Sample, site: AttentionSite) -> dict[fx.Node, Any]:

@@ -56,13 +56,16 @@ def _require_no_sink(view: View, node: fx.Node) -> None:
             return
         node = given
     parts = vocabulary.operands(node) if vocabulary.kind(node) == "concat" else ()
-    for part in parts:
-        try:
-            if part is not None and read_scores(view, part, -1):
-                raise RefusedError(f"the scores share the softmax with an attention sink in {name_of(node)}")
-        except RefusedError as refused:
-            if "sink" in str(refused):
-                raise
+    if any(part is not None and _are_scores(view, part) for part in parts):
+        raise RefusedError(f"the scores share the softmax with an attention sink in {name_of(node)}")
+
+
+def _are_scores(view: View, node: fx.Node) -> bool:
+    try:
+        read_scores(view, node, -1)
+    except RefusedError:
+        return False
+    return True
 
 
 class _Reading:
