@@ -36,9 +36,7 @@ class Names:
 class Builder:
     """Collects the nodes that one fx node lowers to, in a graph or in a function's body."""
 
-    def __init__(
-        self, owner: ModelParts, scope: str, *, names: Names | None = None, in_function: bool = False
-    ) -> None:
+    def __init__(self, owner: ModelParts, scope: str, *, names: Names | None = None, in_function: bool = False) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.owner = owner
         self.opset = owner.opset
@@ -56,13 +54,9 @@ class Builder:
     ) -> Any:
         """Add a node; returns its output name, or a list of names where it has several."""
         stem = f"{self._scope}/{op_type}"
-        declared = (
-            [self._names.fresh(stem) for _ in range(outputs)] if isinstance(outputs, int) else list(outputs)
-        )
+        declared = [self._names.fresh(stem) for _ in range(outputs)] if isinstance(outputs, int) else list(outputs)
         name = self._names.fresh(f"{stem}_node")
-        node = onnx.helper.make_node(
-            op_type, list(inputs), declared, name=name, domain=domain or None, **attributes
-        )
+        node = onnx.helper.make_node(op_type, list(inputs), declared, name=name, domain=domain or None, **attributes)
         self.nodes.append(node)
         if domain:
             self.owner.require(domain)
@@ -73,9 +67,7 @@ class Builder:
         if self._in_function:
             output = self._names.fresh(f"{self._scope}/{hint}")
             proto = to_tensor_proto(output, value)
-            self.nodes.append(
-                onnx.helper.make_node("Constant", [], [output], name=f"{output}_node", value=proto)
-            )
+            self.nodes.append(onnx.helper.make_node("Constant", [], [output], name=f"{output}_node", value=proto))
             return output
         return self.owner.initializer(f"{self._scope}/{hint}", value)
 
@@ -135,11 +127,7 @@ class ModelParts:
 
     def initializer(self, stem: str, value: torch.Tensor) -> str:
         """Store a constant; small equal ones are shared."""
-        key = (
-            (value.dtype, tuple(value.shape), tuple(value.flatten().tolist()))
-            if value.numel() <= 16
-            else None
-        )
+        key = (value.dtype, tuple(value.shape), tuple(value.flatten().tolist())) if value.numel() <= 16 else None
         if key is not None and key in self._shared:
             return self._shared[key]
         name = self.names.fresh(stem)
@@ -158,9 +146,7 @@ class ModelParts:
         opsets = [onnx.helper.make_opsetid("", self.opset)]
         opsets += [onnx.helper.make_opsetid(d, 1) for d in sorted({n.domain for n in builder.nodes} - {""})]
         self.require(DOMAIN)
-        self.functions[name] = onnx.helper.make_function(
-            DOMAIN, name, inputs, [output], builder.nodes, opsets
-        )
+        self.functions[name] = onnx.helper.make_function(DOMAIN, name, inputs, [output], builder.nodes, opsets)
 
 
 def need(condition: bool, what: str) -> None:

@@ -16,9 +16,7 @@ from graphopt.graph import Graph
 from graphopt.onnxfile.tensors import to_tensor_proto
 
 
-def dialect_node(
-    graph: Graph, node: fx.Node, name_of: Callable[[Any], str], outputs: Sequence[str]
-) -> onnx.NodeProto:
+def dialect_node(graph: Graph, node: fx.Node, name_of: Callable[[Any], str], outputs: Sequence[str]) -> onnx.NodeProto:
     """The NodeProto of a call of a dialect function.
 
     Args:
@@ -35,9 +33,7 @@ def dialect_node(
     inputs = [name_of(a) for a in node.args]
     while inputs and not inputs[-1]:
         inputs.pop()
-    proto = onnx.helper.make_node(
-        entry.name, inputs, list(outputs), name=node.name, domain=entry.domain or None
-    )
+    proto = onnx.helper.make_node(entry.name, inputs, list(outputs), name=node.name, domain=entry.domain or None)
     for key, value in node.kwargs.items():
         if value is None or (key == "outputs" and entry.counted):
             continue
@@ -52,9 +48,7 @@ def _attribute(graph: Graph, name: str, value: Any, op_type: str) -> onnx.Attrib
         return onnx.helper.make_attribute(name, to_tensor_proto(name, value))
     if isinstance(value, (list, tuple)):
         value = list(value)
-        return onnx.helper.make_attribute(
-            name, value, attr_type=onnx.AttributeProto.INTS if not value else None
-        )
+        return onnx.helper.make_attribute(name, value, attr_type=onnx.AttributeProto.INTS if not value else None)
     if isinstance(value, (bool, int, float, str)):
         return onnx.helper.make_attribute(name, int(value) if isinstance(value, bool) else value)
     raise GraphOptError(f"cannot lower {op_type}: attribute {name} has the value {value!r}")

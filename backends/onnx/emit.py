@@ -35,9 +35,7 @@ def to_proto(graph: Graph, target: str = "onnx") -> onnx.ModelProto:
     """
     source = graph.onnx
     if source is None:
-        raise GraphOptError(
-            "this graph came from an nn.Module; export it with graphopt.backends.onnx.export first"
-        )
+        raise GraphOptError("this graph came from an nn.Module; export it with graphopt.backends.onnx.export first")
     return _Emitter(graph, source.proto, source.opset(), target).run()
 
 
@@ -60,11 +58,7 @@ class _Emitter:
             elif node.op in ("call_function", "call_module", "call_method"):
                 self._call(node)
         self._outputs()
-        if (
-            not self.changed
-            and sorted(self.kept) == list(range(len(self.proto.graph.node)))
-            and self._weights_kept()
-        ):
+        if not self.changed and sorted(self.kept) == list(range(len(self.proto.graph.node))) and self._weights_kept():
             return self.proto
         return self._assemble()
 
@@ -121,9 +115,7 @@ class _Emitter:
 
     def _lower(self, node: fx.Node) -> None:
         lowering = lookup(node, self.target)
-        need(
-            lowering is not None, f"no ONNX form of {function_name(node)!r} is registered (node {node.name})"
-        )
+        need(lowering is not None, f"no ONNX form of {function_name(node)!r} is registered (node {node.name})")
         assert lowering is not None
         builder = Builder(self.parts, str(node.meta.get("graphopt_site", "graphopt")))
         args = fx.map_arg(node.args, self._argument)
@@ -163,9 +155,7 @@ class _Emitter:
         items = {int(u.args[1]): u for u in node.users if u.target is operator.getitem}  # type: ignore[arg-type]  # an index
         return {proto.output[i]: self.names[item] for i, item in items.items() if proto.output[i]}
 
-    def _keep(
-        self, index: int, proto: onnx.NodeProto, inputs: dict[str, str], outputs: dict[str, str]
-    ) -> None:
+    def _keep(self, index: int, proto: onnx.NodeProto, inputs: dict[str, str], outputs: dict[str, str]) -> None:
         moved_in = {old: new for old, new in inputs.items() if old != new}
         moved_out = {old: new for old, new in outputs.items() if old != new}
         self.kept.append(index)

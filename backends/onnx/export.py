@@ -80,9 +80,7 @@ class _Symbolic(fx.Interpreter):
         bound = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
         inputs = [bound.get(a.name) for a in schema.arguments if "Tensor" in str(a.type)]
         attributes = {
-            a.name: _plain(bound.get(a.name, a.default_value))
-            for a in schema.arguments
-            if "Tensor" not in str(a.type)
+            a.name: _plain(bound.get(a.name, a.default_value)) for a in schema.arguments if "Tensor" not in str(a.type)
         }
         return torch.onnx.ops.symbolic(
             f"{_DOMAIN}::{name}", inputs, attributes, dtype=result.dtype, shape=result.shape, version=1
@@ -139,9 +137,7 @@ def _quiet() -> Iterator[None]:
 
 def _strip_prefix(proto: onnx.ModelProto) -> None:
     """Give the weights back the names that they have in the module."""
-    names = {
-        t.name: t.name.removeprefix(_PREFIX) for t in proto.graph.initializer if t.name.startswith(_PREFIX)
-    }
+    names = {t.name: t.name.removeprefix(_PREFIX) for t in proto.graph.initializer if t.name.startswith(_PREFIX)}
     for tensor in proto.graph.initializer:
         tensor.name = names.get(tensor.name, tensor.name)
     for info in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
@@ -169,9 +165,7 @@ def _adopt_operators(graph: Graph) -> None:
                 bound[argument.name] = _typed(attributes[argument.name], str(argument.type))
         with graph.fx.inserting_before(node):
             call = graph.fx.call_function(packet, tuple(bound.values()))
-        call.meta = {k: v for k, v in node.meta.items() if k == "onnx_name"} | {
-            "graphopt_site": origin.proto.name
-        }
+        call.meta = {k: v for k, v in node.meta.items() if k == "onnx_name"} | {"graphopt_site": origin.proto.name}
         node.replace_all_uses_with(call)
         graph.fx.erase_node(node)
     graph.module.recompile()

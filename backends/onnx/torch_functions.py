@@ -8,17 +8,10 @@ import torch
 from torch import fx
 
 from graphopt.backends.onnx.builder import need
-from graphopt.backends.onnx.table import Call, lowers, meta_of
+from graphopt.backends.onnx.mask_functions import operand
+from graphopt.backends.onnx.table import Call, function_name, lowers, meta_of
 
 _END = torch.iinfo(torch.int64).max
-
-
-def _operand(call: Call, index: int, other: int) -> str:
-    """A positional argument as a value name; a number becomes a constant of the other argument's type."""
-    value = call.args[index]
-    if isinstance(value, str):
-        return value
-    return call.builder.constant(torch.tensor(value, dtype=call.dtype(other)), "scalar")
 
 
 def _binary(call: Call, op_type: str) -> str:
@@ -31,7 +24,7 @@ def _promoted(call: Call) -> tuple[str, str]:
     """Both operands in one element type, as torch promotes them; ONNX does not."""
     first, second = call.node.args[0], call.node.args[1]
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
-        return _operand(call, 0, 1), _operand(call, 1, 0)
+        return operand(call, 0, 1), operand(call, 1, 0)
     types = meta_of(first)[0], meta_of(second)[0]
     wide = torch.promote_types(*types)
     names = [a if t == wide else call.builder.cast(a, wide) for a, t in zip(call.args, types, strict=False)]
@@ -73,13 +66,11 @@ _UNARY = {
     "abs": "Abs",
     "log": "Log",
 }
-_UNARY |= {"relu": "Relu", "erf": "Erf", "contiguous": "Identity", "logical_not": "Not"}
+_UNARY |= {"relu": "Relu", "erf": "Erf", "contiguous": "Identity"}
 
 
 @lowers(*_UNARY)
 def _unary(call: Call) -> str:
-    from graphopt.backends.onnx.table import function_name
-
     return str(call.builder.op(_UNARY[function_name(call.node)], call.args[0]))
 
 
@@ -168,9 +159,7 @@ def _narrow(call: Call) -> str:
 def _cat(call: Call) -> str:
     first: Any = call.node.args[0]
     axis = call.get(1, "dim", 0)
-    return str(
-        call.builder.op("Concat", *call.args[0], axis=axis if axis >= 0 else axis + meta_of(first[0])[1])
-    )
+    return str(call.builder.op("Concat", *call.args[0], axis=axis if axis >= 0 else axis + meta_of(first[0])[1]))
 
 
 @lowers("to", "type", "_to_copy")
@@ -184,10 +173,7 @@ def _to(call: Call) -> str:
 def _where(call: Call) -> str:
     condition, chosen, other = call.args
     kind = call.node.meta["dtype"]
-    sides = [
-        v if isinstance(v, str) else call.builder.constant(torch.tensor(v, dtype=kind))
-        for v in (chosen, other)
-    ]
+    sides = [v if isinstance(v, str) else call.builder.constant(torch.tensor(v, dtype=kind)) for v in (chosen, other)]
     return str(call.builder.op("Where", condition, *sides))
 
 

@@ -36,9 +36,7 @@ class OnnxRuntimeBackend:
         folder = graph.onnx.folder if graph.onnx is not None else None
         write(self.lower(graph), path, folder=folder, external=external)
 
-    def session(
-        self, graph: Graph, *, providers: tuple[str, ...] = ("cpu",), threads: int | None = None
-    ) -> Session:
+    def session(self, graph: Graph, *, providers: tuple[str, ...] = ("cpu",), threads: int | None = None) -> Session:
         """A running session of the graph."""
         folder = graph.onnx.folder if graph.onnx is not None else None
         return Session.of(self.lower(graph), folder=folder, providers=providers, threads=threads)

@@ -19,9 +19,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 class Session:
     """A loaded model; runs on arrays by name."""
 
-    def __init__(
-        self, path: Path, *, providers: Sequence[str] = ("cpu",), threads: int | None = None
-    ) -> None:
+    def __init__(self, path: Path, *, providers: Sequence[str] = ("cpu",), threads: int | None = None) -> None:
         """Load a model file.
 
         Args:
@@ -35,9 +33,7 @@ class Session:
         try:
             import onnxruntime
         except ImportError as error:
-            raise GraphOptError(
-                "this needs onnxruntime, which is not installed; install graphopt[cpu]"
-            ) from error
+            raise GraphOptError("this needs onnxruntime, which is not installed; install graphopt[cpu]") from error
         wanted = [_provider(name) for name in providers]
         available = onnxruntime.get_available_providers()
         if wanted[0] not in available:

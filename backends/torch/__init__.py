@@ -36,9 +36,7 @@ class TorchBackend:
             options: for torch.compile (`backend`, `mode`, `dynamic` ...).
         """
         if options and not compile:
-            raise GraphOptError(
-                f"{', '.join(map(repr, options))} are options of torch.compile; add compile=True"
-            )
+            raise GraphOptError(f"{', '.join(map(repr, options))} are options of torch.compile; add compile=True")
         module = lower(graph)
         if compile:
             module.compile_program(**options)
@@ -71,14 +69,10 @@ class TorchBackend:
             args, kwargs = ((), dict(example_inputs)) if by_name else (tuple(example_inputs), {})
         shapes = dynamic_shapes if dynamic_shapes is not None else shapes
         try:
-            program = torch.export.export(
-                module, args, kwargs, dynamic_shapes=export_shapes(shapes), strict=False
-            )
+            program = torch.export.export(module, args, kwargs, dynamic_shapes=export_shapes(shapes), strict=False)
         except Exception as error:  # tracing may raise anything
             reason = next(iter(str(error).splitlines()), "")
-            raise GraphOptError(
-                f"torch.export could not trace the graph: {type(error).__name__}: {reason}"
-            ) from error
+            raise GraphOptError(f"torch.export could not trace the graph: {type(error).__name__}: {reason}") from error
         with replacing(path) as temporary, temporary.open("wb") as stream:
             torch.export.save(program, stream)
 
@@ -91,9 +85,7 @@ def _example(graph: Graph) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     values, shapes = [], []
     for spec in graph.inputs:
         if spec.shape is None or not isinstance(spec.dtype, torch.dtype):
-            raise GraphOptError(
-                f"expected example_inputs, because the type or rank of input {spec} is not known"
-            )
+            raise GraphOptError(f"expected example_inputs, because the type or rank of input {spec} is not known")
         names = [f"{spec.name}_{i}" if size is None else size for i, size in enumerate(spec.shape)]
         for name in names:
             if isinstance(name, str):

@@ -21,9 +21,7 @@ class Convention(Protocol):
     def signature(self) -> inspect.Signature:
         """Of `forward`, without `self`."""
 
-    def flatten(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], specs: tuple[ValueSpec, ...]
-    ) -> list[Any]:
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], specs: tuple[ValueSpec, ...]) -> list[Any]:
         """From a call's arguments to the graph's inputs."""
 
     def unflatten(self, results: tuple[Any, ...]) -> Any:
@@ -38,9 +36,7 @@ class LoweredModule(nn.Module):
     dropout and batch statistics do was settled when the graph was made.
     """
 
-    def __init__(
-        self, program: Callable[..., tuple[Any, ...]], convention: Convention, specs: tuple[ValueSpec, ...]
-    ):
+    def __init__(self, program: Callable[..., tuple[Any, ...]], convention: Convention, specs: tuple[ValueSpec, ...]):
         super().__init__()
         self._program = program
         self._convention = convention
@@ -76,9 +72,7 @@ class OnnxConvention:
     def __deepcopy__(self, memo: dict[int, Any]) -> OnnxConvention:
         return self  # immutable
 
-    def flatten(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], specs: tuple[ValueSpec, ...]
-    ) -> list[Any]:
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], specs: tuple[ValueSpec, ...]) -> list[Any]:
         """The arguments in the order of the inputs.
 
         Raises:

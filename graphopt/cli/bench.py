@@ -41,9 +41,7 @@ def bench(
     ] = None,
     dim: Annotated[
         list[str] | None,
-        typer.Option(
-            "--dim", metavar="NAME=SIZE", help="Size of a symbolic dim; each size given makes a row."
-        ),
+        typer.Option("--dim", metavar="NAME=SIZE", help="Size of a symbolic dim; each size given makes a row."),
     ] = None,
     batch: Annotated[
         list[int] | None,
@@ -53,14 +51,10 @@ def bench(
     threads: Annotated[
         int, typer.Option("--threads", min=0, help="Threads for one operator; 0 leaves it to the runtime.")
     ] = 0,
-    target: Annotated[
-        str, typer.Option("--target", help=f"What runs them: {', '.join(_TARGETS)}.")
-    ] = "onnxruntime",
+    target: Annotated[str, typer.Option("--target", help=f"What runs them: {', '.join(_TARGETS)}.")] = "onnxruntime",
     rtol: Annotated[
         float | None,
-        typer.Option(
-            min=0, help="Largest relative RMS difference between A and B; beyond it nothing is measured."
-        ),
+        typer.Option(min=0, help="Largest relative RMS difference between A and B; beyond it nothing is measured."),
     ] = None,
     calib: Calib = None,
     seed: Seed = 0,
@@ -121,9 +115,7 @@ class _OnTorch:
         return [results[name] for name in output_names or self.outputs]
 
 
-def _sessions(
-    paths: Sequence[Path], graphs: Sequence[Graph], target: str, threads: int, bars: Bars
-) -> list[Session]:
+def _sessions(paths: Sequence[Path], graphs: Sequence[Graph], target: str, threads: int, bars: Bars) -> list[Session]:
     if target == "torch":
         if threads:
             import torch
@@ -172,18 +164,10 @@ def _row(
 def _show(terminal: Terminal, rows: Sequence[dict[str, Any]], target: str) -> None:
     paired = "outputs" in rows[0]
     columns = ["dims", "A ms>", "A quartiles>"]
-    columns += (
-        ["B ms>", "B quartiles>", "A/B>", "quartiles>", "relative RMS>", "cosine>", "verdict"]
-        if paired
-        else []
-    )
-    terminal.table(
-        f"latency on {target}, median of {len(rows[0]['timing'].a)} samples", columns, map(_cells, rows)
-    )
+    columns += ["B ms>", "B quartiles>", "A/B>", "quartiles>", "relative RMS>", "cosine>", "verdict"] if paired else []
+    terminal.table(f"latency on {target}, median of {len(rows[0]['timing'].a)} samples", columns, map(_cells, rows))
     if paired:
-        terminal.print(
-            "A/B above 1: B is faster; relative RMS and cosine are those of the output that differs most"
-        )
+        terminal.print("A/B above 1: B is faster; relative RMS and cosine are those of the output that differs most")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

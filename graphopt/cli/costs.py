@@ -70,9 +70,7 @@ def lines(cost: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             yield label, _number(cost, key), _expression(cost, key)
 
 
-def rows(
-    before: Mapping[str, Any], after: Mapping[str, Any]
-) -> Iterator[tuple[str, str, str, str, str, str]]:
+def rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str, str]]:
     """Lines of a table that compares two costs: quantity, both numbers, their ratio, both expressions."""
     for key, label in _LABELS.items():
         if key in before and key in after:

@@ -40,9 +40,7 @@ class OneSentence(TyperGroup):
         debug = "--debug" in given
         extra["standalone_mode"] = False
         with warnings.catch_warnings():
-            if (
-                not debug
-            ):  # warnings of torch and onnx speak to developers, and would stand beside our sentence
+            if not debug:  # warnings of torch and onnx speak to developers, and would stand beside our sentence
                 warnings.simplefilter("ignore")
             sys.exit(self._code(given, debug, rest, extra))
 
@@ -84,9 +82,7 @@ def _explain(error: BaseException) -> int:
     if hasattr(error, "format_message"):  # Typer's usage errors; their class moved between its releases
         return say(f"error: {_usage(error)}", USAGE)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return say(
-            f"error: cannot use {error.filename}: {error.strerror}; run with --debug for the traceback", USAGE
-        )
+        return say(f"error: cannot use {error.filename}: {error.strerror}; run with --debug for the traceback", USAGE)
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return say(f"unexpected error: {text}; run with --debug for the traceback", USAGE)
 

@@ -26,9 +26,7 @@ def explain(
     ],
     node: Annotated[
         str | None,
-        typer.Option(
-            "--node", metavar="NAME", help="Only what covers this node or site.", show_default=False
-        ),
+        typer.Option("--node", metavar="NAME", help="Only what covers this node or site.", show_default=False),
     ] = None,
     json: Json = None,
     quiet: Quiet = False,
@@ -119,15 +117,11 @@ def nodes_called(graph: Graph, name: str) -> list[fx.Node]:
         return found
     known: Iterable[str] = dict.fromkeys(n for names in named.values() for n in sorted(names))
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = (
-        f"did you mean {' or '.join(map(repr, near))}?" if near else "`graphopt inspect` lists the operators"
-    )
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`graphopt inspect` lists the operators"
     raise GraphOptError(f"no node is called {name!r}; {hint}")
 
 
-def _about(
-    graph: Graph, name: str, sites: list[dict[str, Any]], kind: str, terminal: Terminal
-) -> list[dict[str, Any]]:
+def _about(graph: Graph, name: str, sites: list[dict[str, Any]], kind: str, terminal: Terminal) -> list[dict[str, Any]]:
     """The sites that are called `name` or cover the node of that name."""
     chosen = [site for site in sites if site["name"] == name]
     if chosen:

@@ -112,9 +112,7 @@ def _operators(graph: Graph) -> dict[str, Any]:
         counts[name] += 1
         if node.op == "get_attr":
             runs["constant"] += 1
-        elif node.op == "call_module" and isinstance(
-            graph.module.get_submodule(str(node.target)), OpaqueOperator
-        ):
+        elif node.op == "call_module" and isinstance(graph.module.get_submodule(str(node.target)), OpaqueOperator):
             runs["onnxruntime"] += 1
             (opaque if _runnable(origin.proto, functions) else unknown)[name] += 1
         else:
@@ -189,9 +187,7 @@ def _show(terminal: Terminal, data: dict[str, Any]) -> None:
             title, ("name", "type", "dims"), ((i["name"], i["dtype"], _dims(i["shape"])) for i in data[title])
         )
     _show_operators(terminal, data["operators"])
-    terminal.table(
-        "cost", ("", f"{costs.at(data['cost'])}>", "in the model's dims"), costs.lines(data["cost"])
-    )
+    terminal.table("cost", ("", f"{costs.at(data['cost'])}>", "in the model's dims"), costs.lines(data["cost"]))
     rows = ((kind, *_count(found)) for kind, found in data["sites"].items())
     terminal.table("sites", ("kind", "found>", "refused>", ""), rows)
 
@@ -237,9 +233,7 @@ def _list_sites(terminal: Terminal, kind: str, found: dict[str, Any]) -> None:
             for site in found["sites"]
         )
         terminal.table(f"{kind} sites", ("site", ""), rows)
-    terminal.table(
-        f"no {kind} sites", ("node", "reason"), ((r["node"], r["reason"]) for r in found["refusals"])
-    )
+    terminal.table(f"no {kind} sites", ("node", "reason"), ((r["node"], r["reason"]) for r in found["refusals"]))
     if not found["sites"] and not found["refusals"]:
         terminal.print(f"no {kind} site, and nothing that looks like one")
 

@@ -38,16 +38,13 @@ class Runtime:
 
     def __init__(self, path: Path, *, threads: int = 0, provider: str = CPU) -> None:
         if not installed():
-            raise GraphOptError(
-                "expected onnxruntime to run the model, but it is not installed; install graphopt[cpu]"
-            )
+            raise GraphOptError("expected onnxruntime to run the model, but it is not installed; install graphopt[cpu]")
         import onnxruntime
 
         available = onnxruntime.get_available_providers()
         if provider not in available:
             raise GraphOptError(
-                f"expected onnxruntime with {provider}, but it has {', '.join(available)}; "
-                "install graphopt[cuda]"
+                f"expected onnxruntime with {provider}, but it has {', '.join(available)}; install graphopt[cuda]"
             )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _SILENT

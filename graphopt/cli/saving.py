@@ -41,14 +41,10 @@ def check_paths(model: Path, out: Path, *, force: bool) -> None:
     from graphopt.onnxfile.write import check_output
 
     if out.exists() and model.exists() and out.samefile(model):
-        raise GraphOptError(
-            f"expected another file for the output than the input {model}; choose one with -o"
-        )
+        raise GraphOptError(f"expected another file for the output than the input {model}; choose one with -o")
     check_output(out)
     if out.exists() and not out.is_file():
-        raise GraphOptError(
-            f"expected a regular file for the output, but {out} is none; choose another with -o"
-        )
+        raise GraphOptError(f"expected a regular file for the output, but {out} is none; choose another with -o")
     if out.exists() and not force:
         raise GraphOptError(
             f"expected a new file for the output, but {out} exists; choose another with -o or give --force"
@@ -64,13 +60,10 @@ def check_data(source: OnnxFile | None, out: Path, *, external: bool, force: boo
     held = _held(source)
     for path in (out, data_of(out)):
         if path.resolve() in held:
-            raise GraphOptError(
-                f"expected another output, since {path} holds the input's weights; choose one with -o"
-            )
+            raise GraphOptError(f"expected another output, since {path} holds the input's weights; choose one with -o")
     if external and data_of(out).exists() and not force:
         raise GraphOptError(
-            f"expected a new file for the weights, but {data_of(out)} exists; "
-            "choose another with -o or give --force"
+            f"expected a new file for the weights, but {data_of(out)} exists; choose another with -o or give --force"
         )
 
 
@@ -139,9 +132,7 @@ def _staging(graph: Graph, out: Path) -> Iterator[Path]:
     temporary = Path(name)
     # The input's own weight files are copied here where the output goes to another folder.
     source = graph.onnx.folder if graph.onnx is not None else None
-    copies = (
-        {folder / path.relative_to(source) for path in _held(graph.onnx)} if source is not None else set()
-    )
+    copies = {folder / path.relative_to(source) for path in _held(graph.onnx)} if source is not None else set()
     copies = {path for path in copies if not path.exists()}
     try:
         yield temporary
@@ -158,9 +149,7 @@ def _move(temporary: Path, out: Path, *, force: bool) -> None:
     data = data_of(temporary)
     if data.exists():
         if data_of(out).exists() and not force:
-            raise GraphOptError(
-                f"expected a new file for the weights, but {data_of(out)} exists; give --force"
-            )
+            raise GraphOptError(f"expected a new file for the weights, but {data_of(out)} exists; give --force")
         _point_to(temporary, data.name, data_of(out).name)
         os.replace(data, data_of(out))
     os.replace(temporary, out)
@@ -180,18 +169,14 @@ def _point_to(model: Path, old: str, new: str) -> None:
 
 def _check(graph: Graph, path: Path, values: Sequence[Any]) -> Check:
     if not installed():
-        return Check(
-            note="the written file was not run, because onnxruntime is not installed; install graphopt[cpu]"
-        )
+        return Check(note="the written file was not run, because onnxruntime is not installed; install graphopt[cpu]")
     try:
         outputs = _against_runtime(graph, path, values)
     except GraphOptError as error:
         reason = str(error).replace(str(path), "the written file")
         if _original(graph, values) is not None:
             raise CheckFailed(f"{reason}; the original runs there, so nothing was written") from error
-        return Check(
-            note=f"the written file was not checked: onnxruntime runs neither it nor the original ({reason})"
-        )
+        return Check(note=f"the written file was not checked: onnxruntime runs neither it nor the original ({reason})")
     far = [o for o in outputs if not o.rel_rms <= _LIMIT]
     if not far:
         return Check(outputs)

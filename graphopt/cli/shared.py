@@ -68,9 +68,7 @@ def parse_dims(items: Iterable[str] | None) -> dict[str, list[int]]:
     for item in items or ():
         name, _, size = item.partition("=")
         if not name.strip() or not size.strip().isdecimal() or int(size) < 1:
-            raise GraphOptError(
-                f"expected --dim NAME=SIZE with a size of at least 1, got {item!r}; try --dim seq=128"
-            )
+            raise GraphOptError(f"expected --dim NAME=SIZE with a size of at least 1, got {item!r}; try --dim seq=128")
         found.setdefault(name.strip(), []).append(int(size))
     return found
 
@@ -143,11 +141,7 @@ def running_on(graph: Graph, data: Calibration) -> Iterator[None]:
     except Exception as error:  # a kernel may raise anything
         reason, _, rest = str(error).partition("While executing %")
         where = f" at node {rest.split()[0]}" if rest.split() else ""
-        sizes = (
-            f", or sizes with --dim ({', '.join(symbols(graph))})"
-            if data.synthetic and symbols(graph)
-            else ""
-        )
+        sizes = f", or sizes with --dim ({', '.join(symbols(graph))})" if data.synthetic and symbols(graph) else ""
         raise GraphOptError(
             f"expected the model to run on {data.description.partition(':')[0]}, but it fails{where}: "
             f"{reason.strip() or type(error).__name__}; give inputs that fit it with --calib{sizes}"

@@ -67,9 +67,7 @@ class Terminal:
             GraphOptError: it would.
         """
         if self._json is not None and self._json.resolve() in {path.resolve() for path in models}:
-            raise GraphOptError(
-                f"expected a file of its own for the JSON, but {self._json} is a model; name another"
-            )
+            raise GraphOptError(f"expected a file of its own for the JSON, but {self._json} is a model; name another")
 
     def print(self, text: str = "", style: str | None = None) -> None:
         """One line for people."""

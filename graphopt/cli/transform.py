@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from graphopt.rewrite.report import PassReport, Report, SiteReport
 
 _CLEANUP = "cleanup"
+# A pass with more sites than this, and no measured errors to show, is summed up by kind.
+_LISTED = 12
 
 
 def transform(
@@ -42,44 +44,32 @@ def transform(
     ] = None,
     pass_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--pass", metavar="PASS", help='As in "linearize{fit_steps=500}"; repeatable, run in order.'
-        ),
+        typer.Option("--pass", metavar="PASS", help='As in "linearize{fit_steps=500}"; repeatable, run in order.'),
     ] = None,
     pipeline: Annotated[
         Path | None,
-        typer.Option(
-            "--pipeline", metavar="FILE.toml", help='A file with passes = ["cleanup", ...]; they run first.'
-        ),
+        typer.Option("--pipeline", metavar="FILE.toml", help='A file with passes = ["cleanup", ...]; they run first.'),
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="SITE", help="Rewrite only this site; repeatable.")
     ] = None,
     fit_steps: Annotated[
         int | None,
-        typer.Option(
-            "--fit-steps", min=0, help="Training steps in place of the passes' own; 0 skips training."
-        ),
+        typer.Option("--fit-steps", min=0, help="Training steps in place of the passes' own; 0 skips training."),
     ] = None,
     min_cosine: Annotated[
         float | None,
         typer.Option("--min-cosine", min=-1, max=1, help="Smallest mean cosine of every output that passes."),
     ] = None,
-    target: Annotated[
-        str, typer.Option("--target", help="What to write for: onnx, onnxruntime, torch, ...")
-    ] = "onnx",
-    external_data: Annotated[
-        bool, typer.Option("--external-data", help="Put the weights into OUT.data.")
-    ] = False,
+    target: Annotated[str, typer.Option("--target", help="What to write for: onnx, onnxruntime, torch, ...")] = "onnx",
+    external_data: Annotated[bool, typer.Option("--external-data", help="Put the weights into OUT.data.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     allow_noop: Annotated[
         bool, typer.Option("--allow-noop", help="Also write a model in which nothing was rewritten.")
     ] = False,
     report: Annotated[
         Path | None,
-        typer.Option(
-            "--json", "--report", metavar="FILE", help="Write the report as JSON; `-` for standard output."
-        ),
+        typer.Option("--json", "--report", metavar="FILE", help="Write the report as JSON; `-` for standard output."),
     ] = None,
     calib: Calib = None,
     dim: Dims = None,
@@ -170,9 +160,7 @@ def _check_target(target: str, external_data: bool) -> None:
 
     registry.backend(target)
     if external_data and target == "torch":
-        raise GraphOptError(
-            "expected an ONNX target for --external-data, got --target torch; drop one of them"
-        )
+        raise GraphOptError("expected an ONNX target for --external-data, got --target torch; drop one of them")
 
 
 def telling(report: Report) -> list[PassReport]:
@@ -194,18 +182,10 @@ def _demand(report: Report, *, allow_noop: bool) -> None:
             f"(first {_spell(reverted[0])}); nothing was written"
         )
     if allow_noop:
-        report.notes.append(
-            f"{names} found nothing to rewrite; the model was written because of --allow-noop"
-        )
+        report.notes.append(f"{names} found nothing to rewrite; the model was written because of --allow-noop")
         return
-    why = (
-        f"all {len(sites)} candidates were refused (first {_spell(sites[0])})"
-        if sites
-        else "there is no candidate"
-    )
-    raise NothingToRewrite(
-        f"{names} found nothing to rewrite: {why}; give --allow-noop to write the model anyway"
-    )
+    why = f"all {len(sites)} candidates were refused (first {_spell(sites[0])})" if sites else "there is no candidate"
+    raise NothingToRewrite(f"{names} found nothing to rewrite: {why}; give --allow-noop to write the model anyway")
 
 
 def _spell(site: SiteReport) -> str:
@@ -245,18 +225,28 @@ def _show_cost(terminal: Terminal, before: Mapping[str, Any], after: Mapping[str
 
 def _show_sites(terminal: Terminal, report: Report) -> None:
     for spelled, each in zip(report.pipeline, report.passes, strict=True):
-        counts = ", ".join(
-            f"{each.count(s)} {s}" for s in ("rewritten", "refused", "reverted") if each.count(s)
-        )
+        counts = ", ".join(f"{each.count(s)} {s}" for s in ("rewritten", "refused", "reverted") if each.count(s))
         title = f"{spelled} ({each.equivalence}, {each.seconds:.1f} s): {counts or 'no candidate'}"
         if not each.sites:
             terminal.print(title, style="bold")
             terminal.print()
             continue
-        rows = (_cells(site) for site in each.sites)
-        terminal.table(
-            title, ("site", "kind", "status", "before fit>", "after fit>", "worst>", "reason"), rows
-        )
+        if len(each.sites) > _LISTED and not any(site.errors for site in each.sites):
+            terminal.table(
+                f"{title} (each in the JSON report)", ("kind", "status", "count>", "first reason"), _by_kind(each)
+            )
+            continue
+        columns = ("site", "kind", "status", "before fit>", "after fit>", "worst>", "reason")
+        terminal.table(title, columns, (_cells(site) for site in each.sites))
+
+
+def _by_kind(report: PassReport) -> list[list[str]]:
+    """One row for all sites of a kind that ended alike, the most frequent first."""
+    groups: dict[tuple[str, str], list[SiteReport]] = {}
+    for site in report.sites:
+        groups.setdefault((site.kind, site.status), []).append(site)
+    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    return [[kind, status, str(len(sites)), sites[0].reason] for (kind, status), sites in ordered]
 
 
 def _cells(site: SiteReport) -> list[str]:

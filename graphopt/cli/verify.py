@@ -35,14 +35,10 @@ if TYPE_CHECKING:
 def verify(
     a: Annotated[Path, typer.Argument(metavar="A", help="The reference .onnx file.", show_default=False)],
     b: Annotated[Path, typer.Argument(metavar="B", help="The .onnx file in question.", show_default=False)],
-    rtol: Annotated[
-        float | None, typer.Option(min=0, help="Largest relative RMS difference that passes.")
-    ] = None,
+    rtol: Annotated[float | None, typer.Option(min=0, help="Largest relative RMS difference that passes.")] = None,
     atol: Annotated[
         float | None,
-        typer.Option(
-            min=0, help="Largest absolute difference that passes; either suffices if both are given."
-        ),
+        typer.Option(min=0, help="Largest absolute difference that passes; either suffices if both are given."),
     ] = None,
     min_cosine: Annotated[
         float | None, typer.Option(min=-1, max=1, help="Smallest mean cosine similarity that passes.")
@@ -113,8 +109,7 @@ def check_interfaces(a: Graph, b: Graph) -> None:
         left, right = ([spec.name for spec in getattr(graph, what)] for graph in (a, b))
         if sorted(left) != sorted(right):
             raise GraphOptError(
-                f"expected two models with the same {what}, "
-                f"found {', '.join(left)} in A and {', '.join(right)} in B"
+                f"expected two models with the same {what}, found {', '.join(left)} in A and {', '.join(right)} in B"
             )
 
 
@@ -145,9 +140,7 @@ def _on_torch(a: Graph, b: Graph, data: Calibration, bars: Bars) -> list[OutputD
     return measure(a, b, bars.track(data, len(data), "Comparing"))
 
 
-def _on_onnxruntime(
-    paths: tuple[Path, Path], graph: Graph, data: Calibration, bars: Bars
-) -> list[OutputDifference]:
+def _on_onnxruntime(paths: tuple[Path, Path], graph: Graph, data: Calibration, bars: Bars) -> list[OutputDifference]:
     with bars.step("Loading into onnxruntime"):
         first, second = (_session(path) for path in paths)
     inputs, names = ([spec.name for spec in specs] for specs in (graph.inputs, graph.outputs))
@@ -169,7 +162,6 @@ def _session(path: Path) -> Runtime:
 def show_outputs(terminal: Terminal, title: str, outputs: Sequence[OutputDifference]) -> None:
     """The table that `transform` and `verify` share."""
     rows = (
-        (o.name, number(o.max_abs), number(o.rel_rms), f"{o.cosine:.6f}", "yes" if o.bitwise else "no")
-        for o in outputs
+        (o.name, number(o.max_abs), number(o.rel_rms), f"{o.cosine:.6f}", "yes" if o.bitwise else "no") for o in outputs
     )
     terminal.table(title, ("output", "max abs>", "relative RMS>", "cosine>", "same bits"), rows)

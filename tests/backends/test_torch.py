@@ -220,9 +220,7 @@ def test_an_onnx_model_as_a_module(tmp_path: Path) -> None:
     ],
     ids=["missing", "count", "twice", "unknown", "size"],
 )
-def test_other_calls_of_an_onnx_module_are_refused(
-    tmp_path: Path, count: int, kwargs: Any, message: str
-) -> None:
+def test_other_calls_of_an_onnx_module_are_refused(tmp_path: Path, count: int, kwargs: Any, message: str) -> None:
     lowered = load_onnx(tmp_path).to_module()
     args = (torch.ones(2, 4), torch.ones(3), torch.ones(1))[:count]
     with pytest.raises(GraphOptError, match=message):
