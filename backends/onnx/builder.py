@@ -91,6 +91,12 @@ class Builder:
             return str(self.op("Unsqueeze", value, self.ints(axis)))
         return str(self.op("Unsqueeze", value, axes=[axis]))
 
+    def squeeze(self, value: str, axis: int) -> str:
+        """Remove an axis of size 1."""
+        if self.opset >= 13:
+            return str(self.op("Squeeze", value, self.ints(axis)))
+        return str(self.op("Squeeze", value, axes=[axis]))
+
     def slice(self, value: str, axis: int, start: int, end: int) -> str:
         """value[start:end] along `axis`."""
         if self.opset >= 10:

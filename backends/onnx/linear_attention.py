@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graphopt.backends.onnx.builder import Builder
+from graphopt.backends.onnx.builder import Builder, need
 from graphopt.backends.onnx.table import Call, lowers, meta_of
 
 
@@ -66,9 +66,9 @@ def linear_attention(call: Call) -> str:
             k, weight = b.op("Mul", k, weight), ""
         if groups > 1:
             k, v = _repeat(b, k, groups), _repeat(b, v, groups)
-        out, total = _causal(b, q, k, v) if causal else _bidirectional(b, q, k, v, weight)
+        wide = torch.promote_types(dtype, torch.float32)
+        out, total = _causal(b, q, k, v, wide) if causal else _bidirectional(b, q, k, v, weight)
         if normalize:
-            wide = torch.promote_types(dtype, torch.float32)
             out = b.op("Div", out, b.op("Add", total, b.constant(torch.tensor(eps, dtype=wide), "eps")))
         return b.cast(out, dtype) if dtype.itemsize < 4 else str(out)
 
@@ -91,12 +91,22 @@ def _bidirectional(b: Builder, q: str, k: str, v: str, weight: str) -> tuple[str
     return out, b.op("MatMul", q, sums)
 
 
-def _causal(b: Builder, q: str, k: str, v: str) -> tuple[str, str]:
+def _causal(b: Builder, q: str, k: str, v: str, dtype: torch.dtype) -> tuple[str, str]:
     scores = b.op("MatMul", q, b.op("Transpose", k, perm=[0, 1, 3, 2]))
-    length = [b.slice(b.op("Shape", x), 0, 2, 3) for x in (k, q)]
-    offset = b.op("Squeeze", b.op("Sub", *length), b.ints(0))
-    visible = b.op("Trilu", scores, offset, upper=0)
+    queries, keys = (b.squeeze(b.slice(b.op("Shape", x), 0, 2, 3), 0) for x in (q, k))
+    offset = b.op("Sub", keys, queries)
+    visible = b.op("Trilu", scores, offset, upper=0) if b.opset >= 14 else _lower(b, scores, keys, offset, dtype)
     return b.op("MatMul", visible, v), b.sum(visible, 3)
+
+
+def _lower(b: Builder, scores: str, keys: str, offset: str, dtype: torch.dtype) -> str:
+    """What Trilu does, from before it came: keep a score where the key's position is not behind the query's."""
+    need(b.opset >= 11, "causal linear attention below opset 11, which has no Range")
+    zero, one = (b.constant(torch.tensor(n), "number") for n in (0, 1))
+    key_at = b.unsqueeze(b.op("Range", zero, keys, one), 0)
+    query_at = b.unsqueeze(b.op("Range", offset, keys, one), 1)
+    visible = b.op("Not", b.op("Less", query_at, key_at))
+    return str(b.op("Where", visible, scores, b.constant(torch.tensor(0, dtype=dtype), "hidden")))
 
 
 def _repeat(b: Builder, value: str, groups: int) -> str:

@@ -142,10 +142,7 @@ def _unsqueeze(call: Call) -> str:
 
 @lowers("squeeze")
 def _squeeze(call: Call) -> str:
-    axis = call.axis(call.get(1, "dim"))
-    if call.builder.opset >= 13:
-        return str(call.builder.op("Squeeze", call.args[0], call.builder.ints(axis)))
-    return str(call.builder.op("Squeeze", call.args[0], axes=[axis]))
+    return call.builder.squeeze(call.args[0], call.axis(call.get(1, "dim")))
 
 
 @lowers("narrow")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
 from collections.abc import Iterable
 from pathlib import Path
@@ -90,7 +91,8 @@ class _Importer:
         """The weight's own dotted name where torch can hold it, else a flat one."""
         parts = name.split(".")
         prefixes = {".".join(parts[:i]) for i in range(1, len(parts))}
-        dotted = all(parts) and not any(hasattr(torch.nn.Module, part) for part in parts)
+        # fx writes a weight's name into Python source.
+        dotted = all(parts) and not any(hasattr(torch.nn.Module, p) or keyword.iskeyword(p) for p in parts)
         clash = prefixes & self.taken or any(t.startswith(name + ".") for t in self.taken)
         target = name if dotted and not clash else "weight_" + name.replace(".", "_")
         while target in self.taken:

@@ -50,7 +50,8 @@ def run(item: SitePass, graph: Graph, context: Context) -> tuple[Graph, Sequence
             kept.append(replacement)
     if not kept:
         return graph, reports
-    for replacement in kept:
+    # From the last to the first: a site may read what an earlier one writes, and reads it as it was found.
+    for replacement in reversed(kept):
         stem = f"graphopt.{item.name}.{site_name(replacement.site)}"
         splice(student, replacement.site, replacement.module, stem, replacement.record.inputs(0))
     item.finish(graph, student, kept, context)

@@ -189,7 +189,8 @@ class Workspace:
         for node in reversed(list(self.graph.nodes)):
             if node.users or node in self._kept or node.meta.get("onnx_name") in self.facts.overridable:
                 continue
-            if node.op == "call_module" or not node.is_impure():
+            # To fx random operators are impure, also where they turned out to draw nothing and were replaced.
+            if node in self._forward or node.op == "call_module" or not node.is_impure():
                 count += operation(node) != "getitem"
                 self.graph.fx.erase_node(node)
         return count

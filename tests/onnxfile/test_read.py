@@ -8,7 +8,9 @@ from graphopt import GraphOptError
 
 
 def small_model(location=None, offset=0, length=16):
-    model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["": 17]> g (float[4] x) => (float[4] y) { y = Add(x, w) }')
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[4] x) => (float[4] y) { y = Add(x, w) }'
+    )
     tensor = model.graph.initializer.add(name="w", data_type=1, dims=[4])
     if location is None:
         tensor.raw_data = bytes(16)
@@ -28,7 +30,11 @@ def refuse(path, match):
 
 @pytest.mark.parametrize(
     ("content", "match"),
-    [(b"", "is empty"), (b"this is no model, it is text\n" * 9, "does not parse|without a graph"), (None, "does not parse")],
+    [
+        (b"", "is empty"),
+        (b"this is no model, it is text\n" * 9, "does not parse|without a graph"),
+        (None, "does not parse"),
+    ],
     ids=["empty", "text", "truncated"],
 )
 def test_not_a_model(tmp_path, content, match):
@@ -54,7 +60,8 @@ def test_external_data_stays_in_its_folder(tmp_path, location):
 
 
 @pytest.mark.parametrize(
-    ("offset", "length", "match"), [(8, 16, "expected 24 bytes"), (-4, 16, "truncated"), (0, "x", "no number")]
+    ("offset", "length", "match"),
+    [(8, 16, "expected 24 bytes"), (-4, 16, "truncated"), (0, "x", "no number")],
 )
 def test_spans_past_the_end(tmp_path, offset, length, match):
     (tmp_path / "w.bin").write_bytes(bytes(16))

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
 import graphopt
 from graphopt.backends.onnx.emit import _Emitter
@@ -36,7 +37,9 @@ def feeds_of(entry):
 def run(path, feeds):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, feeds)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(
+        None, feeds
+    )
 
 
 def assert_same(a, b):
@@ -83,7 +86,9 @@ def odd_model():
     """What other tools drop: a sparse initialiser, metadata, doc strings, an unused weight, non-ASCII names."""
     helper, P = onnx.helper, onnx.TensorProto
     sparse = helper.make_sparse_tensor(
-        helper.make_tensor("W", P.FLOAT, [2], [2.0, 3.0]), helper.make_tensor("W_at", P.INT64, [2], [0, 3]), [2, 2]
+        helper.make_tensor("W", P.FLOAT, [2], [2.0, 3.0]),
+        helper.make_tensor("W_at", P.INT64, [2], [0, 3]),
+        [2, 2],
     )
     graph = helper.make_graph(
         [
@@ -154,7 +159,9 @@ def test_external_data_follows_the_model(tmp_path, where):
 def test_weights_move_out_on_request(tmp_path):
     path = tmp_path / "m.onnx"
     value = np.random.default_rng(0).standard_normal((128, 128)).astype(np.float32)
-    model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["": 17]> g (float[1,128] x) => (float[1,128] y) { y = MatMul(x, w) }')
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[1,128] x) => (float[1,128] y) { y = MatMul(x, w) }'
+    )
     model.graph.initializer.append(onnx.numpy_helper.from_array(value, "w"))
     onnx.save(model, path)
     graphopt.load(path).save(tmp_path / "out.onnx", external=True)
@@ -162,3 +169,18 @@ def test_weights_move_out_on_request(tmp_path):
     assert (tmp_path / "out.onnx.data").stat().st_size >= value.nbytes
     x = np.ones((1, 128), np.float32)
     assert_same(run(path, {"x": x}), run(tmp_path / "out.onnx", {"x": x}))
+
+
+@pytest.mark.parametrize("name", ["from", "a.class.b", "0", "weight", "a..b", ".", "forward", "training", "x y", "größe"])
+def test_any_weight_name(tmp_path, name):
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y) { y = Add(x, w) }'
+    )
+    model.graph.node[0].input[1] = name
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(2, np.float32), name))
+    onnx.save(model, tmp_path / "m.onnx")
+    graph = graphopt.load(tmp_path / "m.onnx")
+    assert graph.run({"x": np.zeros(2, np.float32)})["y"].tolist() == [1.0, 1.0]
+    assert graph.to_module()(torch.zeros(2)).tolist() == [1.0, 1.0]
+    graph.save(tmp_path / "out.onnx")
+    assert onnx.load(tmp_path / "out.onnx") == model

@@ -50,7 +50,7 @@ def example(batch=2, length=12, width=32, dtype=torch.float32, padded=True, seed
     return x, mask
 
 
-def export(module, path, dtype=torch.float32):
+def export(module, path, dtype=torch.float32, opset=17):
     """Write `module` with dynamic batch and length."""
     x, mask = example(dtype=dtype)
     axes = {0: "batch", 1: "seq"}
@@ -61,7 +61,7 @@ def export(module, path, dtype=torch.float32):
             (x, mask),
             path,
             dynamo=False,
-            opset_version=17,
+            opset_version=opset,
             input_names=["x", "mask"],
             output_names=["y"],
             dynamic_axes={"x": axes, "mask": axes, "y": axes},

@@ -11,7 +11,7 @@ import torch
 import graphopt
 from graphopt.backends.onnxruntime import Session
 from graphopt.rewrite import parse
-from graphopt.verify.numbers import difference
+from graphopt.verification.numbers import difference
 
 # Tests are imported by path: this folder is no package.
 _spec = importlib.util.spec_from_file_location(
@@ -77,6 +77,17 @@ def test_saved_model_is_the_graph(rewritten, target):
     operators = {n.op_type for f in onnx.load(path).functions for n in f.node}
     assert ("LinearAttention" in operators) == (target == "onnxruntime" and "causal" in kind)
     onnx.checker.check_model(onnx.load(path)) if target == "onnx" else None
+
+
+@pytest.mark.parametrize("kind", ["bidirectional", "both"])
+@pytest.mark.parametrize("opset", [11, 13, 16])
+def test_older_opsets(kind, opset, tmp_path):
+    models.export(models.Block(kind), tmp_path / "m.onnx", opset=opset)
+    result = graphopt.load(tmp_path / "m.onnx").apply("linearize{max_error=9}", calibration=calibration(2), fit_steps=2)
+    for target in ("onnx", "onnxruntime"):
+        result.graph.save(tmp_path / "out.onnx", target=target)
+        found = Session(tmp_path / "out.onnx").run(feeds(70))["y"]
+        np.testing.assert_allclose(found, result.graph.run(feeds(70))["y"], rtol=1e-4, atol=1e-5)
 
 
 def test_interface_and_untouched_nodes_stay(rewritten):
