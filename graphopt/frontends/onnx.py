@@ -23,6 +23,9 @@ from graphopt.onnxfile.scopes import captured
 from graphopt.onnxfile.tensors import TORCH_DTYPES
 from graphopt.opaque import OpaqueOperator, as_constant
 
+# Attributes that every module has; a weight of such a name would hide one.
+_RESERVED = frozenset(dir(torch.nn.Module()))
+
 
 def load_onnx(source: str | Path | OnnxFile) -> Graph:
     """Read an .onnx file into a Graph; weights stay on disk until they are used.
@@ -92,7 +95,7 @@ class _Importer:
         parts = name.split(".")
         prefixes = {".".join(parts[:i]) for i in range(1, len(parts))}
         # fx writes a weight's name into Python source.
-        dotted = all(parts) and not any(hasattr(torch.nn.Module, p) or keyword.iskeyword(p) for p in parts)
+        dotted = all(parts) and not any(p in _RESERVED or keyword.iskeyword(p) for p in parts)
         clash = prefixes & self.taken or any(t.startswith(name + ".") for t in self.taken)
         target = name if dotted and not clash else "weight_" + name.replace(".", "_")
         while target in self.taken:

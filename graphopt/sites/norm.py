@@ -155,7 +155,7 @@ def _spelled(scope: Scope, node: fx.Node) -> NormSite | str | None:
     if kind(x) == "cast" and same_value(x) and given is not None and scope.shapes.dtype(given) is not None:
         # The cast to a wider type belongs to the norm if the region casts back behind it.
         whole = _largest(scope, core, given)
-        if isinstance(found, str) or (not isinstance(whole, str) and len(whole[0]) > len(found[0])):
+        if not isinstance(whole, str) and (isinstance(found, str) or len(whole[0]) > len(found[0])):
             x, found = given, whole
     if isinstance(found, str):
         return found

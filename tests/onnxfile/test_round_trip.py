@@ -180,6 +180,12 @@ def test_any_weight_name(tmp_path, name):
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(2, np.float32), name))
     onnx.save(model, tmp_path / "m.onnx")
     graph = graphopt.load(tmp_path / "m.onnx")
+    if name == "a.class.b":
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(2, np.float32), "layer.0.weight"))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(2, np.float32), "layer.1.weight"))
+        onnx.save(model, tmp_path / "m.onnx")
+        graph = graphopt.load(tmp_path / "m.onnx")
+        assert {"layer.0.weight", "layer.1.weight"} <= {str(n.target) for n in graph.nodes}, "dotted names stay"
     assert graph.run({"x": np.zeros(2, np.float32)})["y"].tolist() == [1.0, 1.0]
     assert graph.to_module()(torch.zeros(2)).tolist() == [1.0, 1.0]
     graph.save(tmp_path / "out.onnx")

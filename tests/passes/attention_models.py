@@ -20,7 +20,7 @@ class Block(torch.nn.Module):
 
     def forward(self, x, mask):
         q, k, v = (
-            p(x).unflatten(-1, (n, self.dim)).transpose(1, 2)
+            p(x).view(x.shape[0], x.shape[1], n, self.dim).transpose(1, 2)
             for p, n in ((self.q, self.heads), (self.k, self.kv_heads), (self.v, self.kv_heads))
         )
         if self.kv_heads < self.heads:
@@ -28,7 +28,8 @@ class Block(torch.nn.Module):
         scores = q @ k.transpose(-1, -2) * self.dim**-0.5
         T = x.shape[1]
         if self.kind != "bidirectional":
-            visible = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+            at = torch.arange(T, device=x.device)
+            visible = at[:, None] >= at[None, :]
             scores = scores.masked_fill(~visible, torch.finfo(x.dtype).min)
         if self.kind == "alibi":
             at = torch.arange(T)
