@@ -26,7 +26,7 @@ LAYERS, WIDTH = 48, 4096  # 48 weights of 64 MiB: 3.2 GB
 RUNS = 3
 
 TOOLS = {
-    "graphopt": ("import graphopt", "m = graphopt.load(source)", "m.save(target)"),
+    "graphopt": ("import graphopt; graphopt.load", "m = graphopt.load(source)", "m.save(target)"),
     "onnx_ir": (
         "import onnx_ir",
         "m = onnx_ir.load(source)",
@@ -49,12 +49,12 @@ import json, sys, time
 source, target = sys.argv[1:3]
 def memory(key):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) / 1e3
-{0}
+start = time.perf_counter(); {0}; imported = time.perf_counter() - start
 base = memory("VmRSS")
 start = time.perf_counter(); {1}; load = time.perf_counter() - start
 loaded = memory("VmRSS")
 start = time.perf_counter(); {2}; save = time.perf_counter() - start
-print(json.dumps(dict(load_s=load, save_s=save, import_mb=base, loaded_mb=loaded, peak_mb=memory("VmHWM"))))
+print(json.dumps(dict(import_s=imported, load_s=load, save_s=save, import_mb=base, loaded_mb=loaded, peak_mb=memory("VmHWM"))))
 """
 
 

@@ -19,6 +19,8 @@ from .facts import UNKNOWN, Fact, Facts, View
 from .folding import Folder
 from .operators import operation
 
+_OF_THE_VALUE = ("val", "dtype", "rank", "shape")
+"""What other parts of the toolkit note about a value; it holds for whatever computes the same value."""
 Key = tuple[str, str]
 """A rule and the name of the node that it was applied to."""
 
@@ -111,8 +113,8 @@ class Workspace:
     def _insert(self, at: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         with self.graph.fx.inserting_before(at):
             node = self.graph.fx.call_function(target, args, kwargs)
-        # The value of `at` is about to be this one: it inherits the name, and what was recorded of the value.
-        node.meta = {k: v for k, v in at.meta.items() if k in ("onnx_name", "val", "graphopt_site")}
+        # The value of `at` is about to be this one.
+        node.meta = {k: v for k, v in at.meta.items() if k in ("onnx_name", "graphopt_site", *_OF_THE_VALUE)}
         # Export renames operands by name, so an operand that occurs twice could not be renamed once.
         given = [a for a in at.args if a is not None]
         alike = target is at.target and kwargs == at.kwargs and len(args) == len(at.args)
@@ -132,8 +134,6 @@ class Workspace:
             set_attribute(self.module, self._stored[key], value.contiguous().clone())
         with self.graph.fx.inserting_before(at):
             node = self.graph.fx.create_node("get_attr", self._stored[key])
-        if "val" in at.meta:
-            node.meta["val"] = at.meta["val"]
         self.facts.learn(node)
         return node
 
@@ -155,6 +155,9 @@ class Workspace:
             self._fresh.discard(new)
             if node in self._original:
                 self._original[new] = self._original[node]
+        for key in _OF_THE_VALUE:
+            if key in node.meta:
+                new.meta.setdefault(key, node.meta[key])
         node.replace_all_uses_with(new)
         self._forward[node] = new
         if node in self.results:

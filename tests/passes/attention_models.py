@@ -27,14 +27,19 @@ class Block(torch.nn.Module):
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
         scores = q @ k.transpose(-1, -2) * self.dim**-0.5
         T = x.shape[1]
-        if self.kind != "bidirectional":
+        if self.kind not in ("bidirectional", "expanded"):
             at = torch.arange(T, device=x.device)
             visible = at[:, None] >= at[None, :]
             scores = scores.masked_fill(~visible, torch.finfo(x.dtype).min)
         if self.kind == "alibi":
             at = torch.arange(T)
             scores = scores - 0.1 * (at[:, None] - at[None, :]).abs().to(x.dtype)
-        if self.kind != "causal":
+        if self.kind == "expanded":
+            # As transformers' exports have it: a [B, 1, T, T] mask made of an expanded one and of positions.
+            at = torch.arange(T, device=x.device)
+            visible = (at[:, None] >= 0) & mask[:, None, None, :].to(torch.bool).expand(-1, 1, T, -1)
+            scores = scores + torch.where(visible, 0.0, torch.finfo(x.dtype).min)
+        elif self.kind != "causal":
             scores = scores + (1 - mask[:, None, None, :].to(x.dtype)) * -10000.0
         y = F.softmax(scores, -1) @ v
         out = self.o(y.transpose(1, 2).flatten(-2))

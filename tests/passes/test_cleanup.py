@@ -127,6 +127,16 @@ def test_untouched_nodes_keep_their_origin() -> None:
     assert all(n.meta["onnx"].holds_for(n) for n in calls)
 
 
+def test_notes_about_a_value_move_to_its_new_producer() -> None:
+    graph = model(f"{X} <int64[2] s = {{0, 4}}> {{ a = Exp(x) b = Identity(a) c = Reshape(b, s) y = Neg(c) }}")
+    for node in graph.nodes:
+        if node.meta.get("onnx_name") == "c":
+            node.meta.update(dtype=torch.float32, rank=2)
+    rewritten, _ = Cleanup().run(graph, context())
+    exp = next(n for n in rewritten.nodes if n.meta.get("onnx_name") == "a")
+    assert (exp.meta["dtype"], exp.meta["rank"]) == (torch.float32, 2)
+
+
 def test_overridable_initialiser_is_no_constant() -> None:
     text = """(float[4] x, float one = {1}, float spare = {2}) => (float[4] y)
         { a = Mul(x, one) b = Mul(one, one) y = Mul(a, b) }"""

@@ -13,7 +13,9 @@ from graphopt.fit.layerwise import fit_layerwise
 from graphopt.graph import Graph
 from graphopt.passes.attention.linearize.hedgehog import HedgehogAttention, attention_transfer_loss
 from graphopt.rewrite import Context, Equivalence, Replacement, SitePass, Tolerance
+from graphopt.rewrite.rows import compute_last_rows_only
 from graphopt.sites import AttentionSite, MaskKind
+from graphopt.sites.vocabulary import name_of
 
 _REFUSED_MASKS = {
     MaskKind.BIAS: "its bias depends on both positions (ALiBi, relative positions), which no feature map can carry",
@@ -72,7 +74,10 @@ class Linearize(SitePass):
         return Tolerance(self.max_error, "option max_error")
 
     def check(self, site: AttentionSite) -> str | None:
-        """Sites whose mask hides keys, later positions, or nothing, and that carry no cache."""
+        """Sites whose mask hides keys, later positions, or nothing, and that carry no cache and expose nothing."""
+        if site.exposed:
+            by = _first_user(site)
+            return f"its scores or weights are used outside (by {by}), so replacing it would save nothing"
         if site.mask.kind in _REFUSED_MASKS:
             return f"{_REFUSED_MASKS[site.mask.kind]} ({site.mask.reason})"
         if site.past is not None:
@@ -83,19 +88,21 @@ class Linearize(SitePass):
 
     def build(self, site: AttentionSite, context: Context) -> HedgehogAttention:
         """The replacement with its initial maps."""
-        return HedgehogAttention(
-            site, self.features or site.head_dim or 0, self.feature_map, context.generator()
-        )
+        return HedgehogAttention(site, self.features or site.head_dim or 0, self.feature_map, context.generator())
 
     def fit(self, replacements: Sequence[Replacement], context: Context) -> None:
         """Attention transfer: each site learns its own output from its own inputs."""
         steps = self.fit_steps if context.fit_steps is None else context.fit_steps
         fit_layerwise(replacements, attention_transfer_loss, steps, self.learning_rate, context)
 
-    def finish(
-        self, teacher: Graph, student: Graph, replacements: Sequence[Replacement], context: Context
-    ) -> None:
-        """End-to-end distillation of the maps."""
+    def finish(self, teacher: Graph, student: Graph, replacements: Sequence[Replacement], context: Context) -> None:
+        """Keep of each mask only the row that is read, then distil the maps end to end."""
+        compute_last_rows_only(student)
         steps = self.distill_steps if context.fit_steps != 0 else 0
         parameters = [p for r in replacements for p in r.module.parameters()]
         distill(teacher, student, parameters, steps, self.distill_rate, context)
+
+
+def _first_user(site: AttentionSite) -> str:
+    users = [u for n in site.exposed for u in n.users if u not in site.nodes]
+    return "an output of the model" if users[0].op == "output" else name_of(users[0])
