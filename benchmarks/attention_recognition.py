@@ -1,18 +1,13 @@
 """How much of the attention in real models is recognised, and why the rest is not.
 
 Runs over the node tests of the onnx package, the models of a data folder, and exports of small random-weight
-models of the transformers package; writes a JSON file and prints a table.
-
-    python benchmarks/attention_recognition.py --data DIR --out results.json
+models of the transformers package.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import importlib.metadata
 import io
-import json
 import logging
 import os
 import tempfile
@@ -232,32 +227,32 @@ def rows(data: Path | None) -> Iterator[Row]:
                 yield examine(f"transformers, {exporter}", name, load_onnx(make()))
 
 
-def table(found: list[Row]) -> str:
-    """Recognised of candidates per suite, then every refusal."""
-    lines = ["suite                          recognised / candidates   models   largest error"]
+def suites(found: list[Row]) -> list[dict[str, Any]]:
+    """Recognised of candidates per suite, and the largest error of its sites."""
+    result = []
     for suite in dict.fromkeys(r.suite for r in found):
         own = [r for r in found if r.suite == suite]
-        done, of = sum(r.recognised for r in own), sum(r.candidates for r in own)
-        lines.append(f"{suite:30} {done:10} / {of:<10}   {len(own):6}   {max(r.error for r in own):.1e}")
-    lines += ["", "refused"]
-    lines += [f"  {r.model}: {x['node']}: {x['reason']}" for r in found for x in r.refusals]
-    return "\n".join(lines)
+        result.append(
+            {
+                "suite": suite,
+                "recognised": sum(r.recognised for r in own),
+                "candidates": sum(r.candidates for r in own),
+                "models": len(own),
+                "error": max(r.error for r in own),
+            }
+        )
+    return result
 
 
-def main() -> None:
-    """Run everything."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = os.environ.get("GRAPHOPT_TEST_DATA")
-    parser.add_argument("--data", type=Path, default=default, help="folder that holds zoo/ and zoo_extra/")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "attention_recognition.json")
-    arguments = parser.parse_args()
-    found = list(rows(arguments.data))
-    packages = ("onnx", "torch", "transformers")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"versions": versions, "rows": [asdict(r) for r in found]}, indent=1) + "\n")
-    print(table(found))
+def run() -> None:
+    """Examine every model; those of the data folder are left out where there is none."""
+    # Tests load this file by its path, where the package that it belongs to cannot be imported.
+    from benchmarks.common import DATA, show, store
 
-
-if __name__ == "__main__":
-    main()
+    data = Path(os.environ.get("GRAPHOPT_TEST_DATA", DATA))
+    found = list(rows(data if data.is_dir() else None))
+    summary = suites(found)
+    show("Attention recognised", list(summary[0]), [list(s.values()) for s in summary])
+    refused = [[r.model, x["node"], x["reason"]] for r in found for x in r.refusals]
+    show("Refused", ["model", "node", "reason"], refused)
+    store("attention_recognition", {"suites": summary, "rows": [asdict(r) for r in found]})

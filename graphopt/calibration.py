@@ -35,9 +35,7 @@ class Calibration:
         return len(self.batches)
 
 
-def calibration_for(
-    graph: Graph, source: Any, *, seed: int = 0, sizes: Mapping[str, int] | None = None
-) -> Calibration:
+def calibration_for(graph: Graph, source: Any, *, seed: int = 0, sizes: Mapping[str, int] | None = None) -> Calibration:
     """Make calibration batches from what the user gave.
 
     Args:
@@ -84,11 +82,9 @@ def _from_npz(graph: Graph, path: Path) -> list[tuple[Any, ...]]:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, AttributeError) as error:
-        raise GraphOptError(
-            f"expected an .npz file of arrays, but {path} cannot be read as one: {error}"
-        ) from error
-    if not arrays or not all(a.size for a in arrays.values()):
-        raise GraphOptError(f"expected arrays with values in {path}, but one is empty or there is none")
+        raise GraphOptError(f"expected an .npz file of arrays, but {path} cannot be read as one: {error}") from error
+    if not any(a.size for a in arrays.values()):
+        raise GraphOptError(f"expected arrays with values in {path}, but all are empty or there is none")
     return [_flat(graph, feeds, str(path)) for feeds in _split(graph, arrays, path)]
 
 
@@ -132,6 +128,9 @@ def _flat(graph: Graph, item: Any, where: str) -> tuple[Any, ...]:
         values = [from_numpy(v) if isinstance(v, np.ndarray) else v for v in graph.ordered(feeds)]
     except GraphOptError as error:
         raise GraphOptError(f"{where}: {error}") from error
+    # One may be empty, as a cache is before the first token.
+    if not any(getattr(value, "numel", lambda: 1)() for value in values):
+        raise GraphOptError(f"{where}: expected values, but every input is empty")
     for spec, value in zip(graph.inputs, values, strict=True):
         _check_content(spec, value, where)
     return tuple(values)
@@ -141,7 +140,5 @@ def _check_content(spec: ValueSpec, value: Any, where: str) -> None:
     check_value(spec, value)
     if not isinstance(value, torch.Tensor):
         return
-    if value.numel() == 0:
-        raise GraphOptError(f"{where}: input {spec} is empty")
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise GraphOptError(f"{where}: input {spec} holds NaN or infinite values; remove those samples")

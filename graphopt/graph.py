@@ -64,6 +64,10 @@ class Origin:
         )
 
 
+def _moved(value: Any, mapping: Mapping[Node, Node]) -> Any:
+    return mapping.get(value, value) if isinstance(value, Node) else value
+
+
 def _same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and not isinstance(a, fx.Node) and bool(a == b))
 
@@ -148,9 +152,7 @@ class Graph:
         names = [spec.name for spec in self.inputs]
         for name in feeds:
             if name not in names:
-                raise GraphOptError(
-                    f"the model has no input {name!r}; its inputs are {', '.join(map(repr, names))}"
-                )
+                raise GraphOptError(f"the model has no input {name!r}; its inputs are {', '.join(map(repr, names))}")
         for spec in self.inputs:
             if spec.name not in feeds:
                 raise GraphOptError(f"expected a value for input {spec}, but none was given")
@@ -162,6 +164,10 @@ class Graph:
         twin = fx.Graph(tracer_cls=self.fx._tracer_cls)
         mapping: dict[Node, Node] = {}
         result = twin.graph_copy(self.fx, mapping)
+        for node in twin.nodes:
+            if "onnx" in node.meta:
+                origin = node.meta["onnx"]
+                node.meta["onnx"] = replace(origin, kwargs={k: _moved(v, mapping) for k, v in origin.kwargs.items()})
         output = next(n for n in self.nodes if n.op == "output")
         node = twin.output(result)
         node.meta = dict(output.meta)
@@ -178,9 +184,7 @@ class Graph:
             if node.op == "get_attr":
                 attribute(self.module, str(node.target))
 
-    def apply(
-        self, passes: str | Sequence[Any], *, calibration: Any = None, seed: int = 0, **options: Any
-    ) -> Result:
+    def apply(self, passes: str | Sequence[Any], *, calibration: Any = None, seed: int = 0, **options: Any) -> Result:
         """Run passes and verify each rewrite; this graph is left as it is.
 
         Args:
@@ -288,9 +292,7 @@ def check_value(spec: ValueSpec, value: Any) -> None:
     dtype = from_numpy(np.empty(0, value.dtype)) if isinstance(value, np.ndarray) else value
     found = getattr(dtype, "dtype", None)
     if isinstance(spec.dtype, torch.dtype) and isinstance(found, torch.dtype) and found != spec.dtype:
-        raise GraphOptError(
-            f"expected input {spec}, but the given array is {str(found).removeprefix('torch.')}"
-        )
+        raise GraphOptError(f"expected input {spec}, but the given array is {str(found).removeprefix('torch.')}")
     fits = len(shape) == len(spec.shape) and all(
         not isinstance(want, int) or int(got) == want for want, got in zip(spec.shape, shape, strict=True)
     )

@@ -102,9 +102,7 @@ class OpaqueOperator(torch.nn.Module):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         try:
-            return onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise GraphOptError(
                 f"operator {self.extra_repr()} has no torch meaning, and onnxruntime cannot run it either: {error}"
@@ -123,9 +121,7 @@ def as_constant(name: str, proto: onnx.TensorProto, value: Any) -> onnx.TensorPr
 
 def _type_of(value: Any) -> onnx.TypeProto:
     if isinstance(value, (list, tuple)):
-        element = (
-            _type_of(value[0]) if value else onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
-        )
+        element = _type_of(value[0]) if value else onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
         return onnx.helper.make_sequence_type_proto(element)
     if isinstance(value, torch.Tensor):
         return onnx.helper.make_tensor_type_proto(ONNX_DTYPES[value.dtype], list(value.shape))

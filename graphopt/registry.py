@@ -51,6 +51,4 @@ def _load(group: str, noun: str, name: str) -> Any:
     try:
         return entries[name].load()
     except (ImportError, AttributeError) as error:
-        raise GraphOptError(
-            f"the {noun} {name!r} from {entries[name].value} cannot be imported: {error}"
-        ) from error
+        raise GraphOptError(f"the {noun} {name!r} from {entries[name].value} cannot be imported: {error}") from error

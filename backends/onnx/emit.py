@@ -49,6 +49,8 @@ class _Emitter:
         self.kept: list[int] = []
         self.changed = False
         self.target = target
+        self.taken: set[str] = set()
+        """Names of outputs that another value has now than in the model that was loaded."""
 
     def run(self) -> onnx.ModelProto:
         self._name_values()
@@ -70,6 +72,7 @@ class _Emitter:
         for spec, result in zip(self.graph.outputs, self.graph.results, strict=True):
             if self.names.get(result) == spec.name:
                 continue
+            self.taken.add(spec.name)
             for other, name in self.names.items():
                 if name == spec.name:  # the value that had the output's name is still needed: it steps aside
                     self.names[other] = self.parts.names.fresh(f"{name}/original")
@@ -153,7 +156,10 @@ class _Emitter:
         if len(proto.output) == 1:
             return {proto.output[0]: self.names[node]}
         items = {int(u.args[1]): u for u in node.users if u.target is operator.getitem}  # type: ignore[arg-type]  # an index
-        return {proto.output[i]: self.names[item] for i, item in items.items() if proto.output[i]}
+        renamed = {proto.output[i]: self.names[item] for i, item in items.items() if proto.output[i]}
+        # What nothing reads any more still has to be called something where it may not be left out.
+        lost = [name for i, name in enumerate(proto.output) if i not in items and name in self.taken]
+        return {**renamed, **{name: self.parts.names.fresh(f"{name}/original") for name in lost}}
 
     def _keep(self, index: int, proto: onnx.NodeProto, inputs: dict[str, str], outputs: dict[str, str]) -> None:
         moved_in = {old: new for old, new in inputs.items() if old != new}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from graphopt.backends.onnx.builder import Builder, need
-from graphopt.backends.onnx.table import Call, lowers, meta_of
+from graphopt.backends.onnx.table import Call, lowers, shape_of
 
 
 def _suffix(dtype: torch.dtype) -> str:
@@ -20,7 +20,7 @@ def _hedgehog_map(call: Call) -> str:
     a second pass over x.
     """
     bias, activation = call.get(2, "bias"), call.get(3, "activation", "softmax")
-    features = int(call.node.meta["shape"][-1]) // 2
+    features = shape_of(call.node)[-1] // 2
     dtype = call.dtype()
 
     def body(b: Builder, inputs: list[str]) -> str:
@@ -119,7 +119,4 @@ def _repeat(b: Builder, value: str, groups: int) -> str:
 
 def groups_of(call: Call) -> int:
     """Query heads per key head, as observed on the example."""
-    query, keys = call.node.args[0], call.node.args[1]
-    meta_of(query)
-    heads = query.meta["shape"][1], keys.meta["shape"][1]  # type: ignore[union-attr]  # both are fx nodes: see meta_of
-    return int(heads[0]) // int(heads[1])
+    return shape_of(call.node.args[0])[1] // shape_of(call.node.args[1])[1]

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from graphopt.backends.onnx.builder import Builder
+from graphopt.errors import GraphOptError
 
 _NAMES = {operator.matmul: "matmul", operator.truediv: "div", operator.getitem: "getitem"}
 
@@ -88,6 +89,20 @@ def function_name(node: fx.Node) -> str:
 
 def meta_of(value: Any) -> tuple[torch.dtype, int]:
     """Element type and rank that were observed at an fx node."""
+    return _observed(value, "dtype"), _observed(value, "rank")
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape that was observed at an fx node; only its static sizes mean anything."""
+    shape: tuple[int, ...] = _observed(value, "shape")
+    return shape
+
+
+def _observed(value: Any, key: str) -> Any:
     assert isinstance(value, fx.Node)
-    dtype, rank = value.meta["dtype"], value.meta["rank"]
-    return dtype, rank
+    if key not in value.meta:
+        raise GraphOptError(
+            f"cannot lower to ONNX: the {key} of value {value.name!r} was not noted; splice with an example, "
+            'or set node.meta["dtype"], ["rank"] and ["shape"]'
+        )
+    return value.meta[key]

@@ -6,7 +6,7 @@ import torch
 
 from graphopt.backends.onnx import linear_attention as standard
 from graphopt.backends.onnx.builder import Builder
-from graphopt.backends.onnx.table import Call, lowers
+from graphopt.backends.onnx.table import Call, lowers, shape_of
 
 _CONTRIB = "com.microsoft"
 
@@ -21,8 +21,8 @@ def _linear_attention(call: Call) -> str:
         return standard.linear_attention(call)
     key_weight, normalize = call.get(3, "key_weight"), call.get(5, "normalize", True)
     eps, dtype = call.get(6, "eps", 1e-6), call.dtype(2)
-    heads, groups = int(call.node.args[0].meta["shape"][1]), standard.groups_of(call)  # type: ignore[union-attr]  # an fx node
-    width = int(call.node.args[2].meta["shape"][3])  # type: ignore[union-attr]  # an fx node
+    heads, groups = shape_of(call.node.args[0])[1], standard.groups_of(call)
+    width = shape_of(call.node.args[2])[3]
 
     def body(b: Builder, names: list[str]) -> str:
         q, k, v = (b.cast(i, torch.float32) if dtype.itemsize < 4 else i for i in names[:3])

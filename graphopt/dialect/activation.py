@@ -61,9 +61,7 @@ def celu_12(x: Tensor, *, alpha: float = 1.0) -> Tensor:
 
 
 @operator("Selu")
-def selu_1(
-    x: Tensor, *, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875
-) -> Tensor:
+def selu_1(x: Tensor, *, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875) -> Tensor:
     """Return gamma * x, or gamma * alpha * (exp(x) - 1) where negative."""
     return gamma * F.elu(x, alpha)
 
@@ -160,9 +158,7 @@ def hardmax_13(x: Tensor, *, axis: int = -1) -> Tensor:
 
 
 @operator("Dropout", counted=True)
-def dropout_1(
-    x: Tensor, *, ratio: float = 0.5, is_test: int = 0, outputs: int
-) -> Tensor | tuple[Tensor, Tensor]:
+def dropout_1(x: Tensor, *, ratio: float = 0.5, is_test: int = 0, outputs: int) -> Tensor | tuple[Tensor, Tensor]:
     """Return x: at inference nothing is dropped; the mask is of the type of x."""
     return x if outputs == 1 else (x, torch.ones_like(x))
 

@@ -132,9 +132,7 @@ def top_k_1(x: Tensor, *, k: int, axis: int = -1) -> tuple[Tensor, Tensor]:
 
 
 @operator("TopK", since=10, values=(1,))
-def top_k_10(
-    x: Tensor, k: Tensor, *, axis: int = -1, largest: int = 1, sorted: int = 1
-) -> tuple[Tensor, Tensor]:
+def top_k_10(x: Tensor, k: Tensor, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> tuple[Tensor, Tensor]:
     """Return the k largest or smallest values along an axis and their indices."""
     return _top(x, scalar(k), axis, bool(largest))
 
@@ -160,9 +158,7 @@ def compress_9(x: Tensor, condition: Tensor, *, axis: int | None = None) -> Tens
 
 
 @operator("Unique", since=11, values=(0,), counted=True)
-def unique_11(
-    x: Tensor, *, axis: int | None = None, sorted: int = 1, outputs: int
-) -> Tensor | tuple[Tensor, ...]:
+def unique_11(x: Tensor, *, axis: int | None = None, sorted: int = 1, outputs: int) -> Tensor | tuple[Tensor, ...]:
     """Return the distinct slices, where each first occurs, the inverse mapping, and the counts."""
     data = x.reshape(-1) if axis is None else x
     dim = 0 if axis is None else axis

@@ -36,7 +36,5 @@ def softmax_cross_entropy_loss_12(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the negative log likelihood of the log softmax along axis 1, and that log softmax."""
     log_prob = torch.log_softmax(scores, 1)
-    loss = negative_log_likelihood_loss_12(
-        log_prob, labels, weights, ignore_index=ignore_index, reduction=reduction
-    )
+    loss = negative_log_likelihood_loss_12(log_prob, labels, weights, ignore_index=ignore_index, reduction=reduction)
     return loss if outputs == 1 else (loss, log_prob)

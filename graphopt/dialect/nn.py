@@ -128,9 +128,7 @@ def causal_conv_with_state_27(
     return (F.silu(y) if activation in ("silu", "swish") else y), state
 
 
-def _by_statistics(
-    x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor, epsilon: float
-) -> Tensor:
+def _by_statistics(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor, epsilon: float) -> Tensor:
     if not (mean.requires_grad or var.requires_grad):
         return F.batch_norm(x, mean, var, scale, bias, eps=epsilon)
     # The kernel behind F.batch_norm refuses statistics that need a gradient.
@@ -156,6 +154,8 @@ def batch_normalization_1(
     """Normalise with the given mean and variance of each channel."""
     if outputs > 1:
         raise NotImplementedError("BatchNormalization in training mode is covered from opset 14 on")
+    if x.shape[1] != scale.shape[0]:
+        raise NotImplementedError("BatchNormalization whose statistics do not fit the channels")
     if not spatial:
         return (x - mean) * torch.rsqrt(var + epsilon) * scale + bias
     return _by_statistics(x, scale, bias, mean, var, epsilon)
@@ -193,14 +193,10 @@ def instance_normalization_1(x: Tensor, scale: Tensor, bias: Tensor, *, epsilon:
 
 
 @operator("GroupNormalization", since=18)
-def group_normalization_18(
-    x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5, num_groups: int
-) -> Tensor:
+def group_normalization_18(x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5, num_groups: int) -> Tensor:
     """Normalise each group of channels; scale and bias are per group."""
     each = x.shape[1] // num_groups
-    return torch.group_norm(
-        x, num_groups, scale.repeat_interleave(each), bias.repeat_interleave(each), epsilon
-    )
+    return torch.group_norm(x, num_groups, scale.repeat_interleave(each), bias.repeat_interleave(each), epsilon)
 
 
 @operator("GroupNormalization", since=21)

@@ -32,9 +32,7 @@ class _Windows:
         self.strides = strides or [1] * rank
         self.dilations = dilations or [1] * rank
         self.spans = [(taps - 1) * d + 1 for taps, d in zip(kernel, self.dilations, strict=True)]
-        self.begins, self.ends = padding(
-            list(x.shape[2:]), kernel, self.strides, self.dilations, pads, auto_pad
-        )
+        self.begins, self.ends = padding(list(x.shape[2:]), kernel, self.strides, self.dilations, pads, auto_pad)
         self.overhang = [0] * rank
         for axis, size in enumerate(x.shape[2:]):
             room = size + self.begins[axis] + self.ends[axis] - self.spans[axis]
@@ -51,9 +49,7 @@ class _Windows:
 
     def cut(self, x: Tensor) -> Tensor:
         """Return the windows of a padded x: `[N, C, *positions, taps]`."""
-        for axis, (span, stride, dilation) in enumerate(
-            zip(self.spans, self.strides, self.dilations, strict=True)
-        ):
+        for axis, (span, stride, dilation) in enumerate(zip(self.spans, self.strides, self.dilations, strict=True)):
             x = x.unfold(axis + 2, span, stride)[..., ::dilation]
         return x.flatten(-len(self.kernel))
 

@@ -66,9 +66,7 @@ def _steps_first(x: Tensor, layout: int) -> Tensor:
     return x.transpose(0, 1) if layout else x
 
 
-def _results(
-    runs: list[tuple[Tensor, tuple[Tensor, ...]]], layout: int, outputs: int
-) -> Tensor | tuple[Tensor, ...]:
+def _results(runs: list[tuple[Tensor, tuple[Tensor, ...]]], layout: int, outputs: int) -> Tensor | tuple[Tensor, ...]:
     y = torch.stack([run[0] for run in runs], 1)
     finals = [torch.stack(parts) for parts in zip(*(run[1] for run in runs), strict=True)]
     if layout:

@@ -108,9 +108,7 @@ def reduce_sum_1(x: Tensor, *, axes: list[int] | None = None, keepdims: int = 1)
 
 
 @operator("ReduceSum", since=13, values=(1,))
-def reduce_sum_13(
-    x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
-) -> Tensor:
+def reduce_sum_13(x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
     """Return the sum over the axes of the input."""
     return _by_input(_sum, x, axes, keepdims, noop_with_empty_axes)
 
@@ -150,9 +148,7 @@ def reduce_max_1(x: Tensor, *, axes: list[int] | None = None, keepdims: int = 1)
 
 
 @operator("ReduceMax", since=18, values=(1,))
-def reduce_max_18(
-    x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
-) -> Tensor:
+def reduce_max_18(x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
     """Return the maximum over the axes of the input."""
     return _by_input(_max, x, axes, keepdims, noop_with_empty_axes)
 
@@ -164,9 +160,7 @@ def reduce_min_1(x: Tensor, *, axes: list[int] | None = None, keepdims: int = 1)
 
 
 @operator("ReduceMin", since=18, values=(1,))
-def reduce_min_18(
-    x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
-) -> Tensor:
+def reduce_min_18(x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
     """Return the minimum over the axes of the input."""
     return _by_input(_min, x, axes, keepdims, noop_with_empty_axes)
 
@@ -178,9 +172,7 @@ def reduce_l1_1(x: Tensor, *, axes: list[int] | None = None, keepdims: int = 1) 
 
 
 @operator("ReduceL1", since=18, values=(1,))
-def reduce_l1_18(
-    x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
-) -> Tensor:
+def reduce_l1_18(x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
     """Return the sum of absolute values over the axes of the input."""
     return _by_input(_l1, x, axes, keepdims, noop_with_empty_axes)
 
@@ -192,9 +184,7 @@ def reduce_l2_1(x: Tensor, *, axes: list[int] | None = None, keepdims: int = 1) 
 
 
 @operator("ReduceL2", since=18, values=(1,))
-def reduce_l2_18(
-    x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
-) -> Tensor:
+def reduce_l2_18(x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
     """Return the Euclidean norm over the axes of the input."""
     return _by_input(_l2, x, axes, keepdims, noop_with_empty_axes)
 

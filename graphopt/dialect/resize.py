@@ -151,9 +151,7 @@ def _nearest(source: Tensor, mode: str) -> Tensor:
     return torch.ceil(source - 0.5).to(torch.int64)
 
 
-def _taps(
-    source: Tensor, old: int, shrink: float, mode: str, cubic: float, exclude: int
-) -> tuple[Tensor, Tensor]:
+def _taps(source: Tensor, old: int, shrink: float, mode: str, cubic: float, exclude: int) -> tuple[Tensor, Tensor]:
     """Return the input positions that each output reads and their weights, both `[size, taps]`."""
     radius = {"linear": 1, "cubic": 2}.get(mode)
     if radius is None:

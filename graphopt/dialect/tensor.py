@@ -125,9 +125,7 @@ def split_1(
 
 
 @operator("Split", since=2, counted=True)
-def split_2(
-    x: Tensor, *, axis: int = 0, split: list[int] | None = None, outputs: int
-) -> Tensor | tuple[Tensor, ...]:
+def split_2(x: Tensor, *, axis: int = 0, split: list[int] | None = None, outputs: int) -> Tensor | tuple[Tensor, ...]:
     """Cut x along an axis into parts of the attribute's sizes, or into equal ones."""
     return _split(x, split or _even(x.shape[axis], outputs), axis, outputs)
 
@@ -166,9 +164,7 @@ def slice_10(
     return _slice(x, starts.tolist(), ends.tolist(), named, None if steps is None else steps.tolist())
 
 
-def _slice(
-    x: Tensor, starts: list[int], ends: list[int], axes: list[int] | None, steps: list[int] | None
-) -> Tensor:
+def _slice(x: Tensor, starts: list[int], ends: list[int], axes: list[int] | None, steps: list[int] | None) -> Tensor:
     named = axes if axes is not None else range(len(starts))
     for axis, start, end, step in zip(named, starts, ends, steps or [1] * len(starts), strict=True):
         first, last, stride = slice(start, end, step).indices(x.shape[axis])

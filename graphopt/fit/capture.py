@@ -22,9 +22,7 @@ MEMORY_LIMIT = 2_000_000_000
 class Capture:
     """The values of chosen nodes, one dict per calibration batch."""
 
-    def __init__(
-        self, graph: Graph, nodes: Sequence[fx.Node], context: Context, limit: int = MEMORY_LIMIT
-    ) -> None:
+    def __init__(self, graph: Graph, nodes: Sequence[fx.Node], context: Context, limit: int = MEMORY_LIMIT) -> None:
         """Run the model on every calibration batch.
 
         Args:

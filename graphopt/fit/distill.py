@@ -55,9 +55,7 @@ def distill(
         found = student.execute(*batches[index])
         loss = output_loss(expected, found)
         if not loss.requires_grad:
-            raise GraphOptError(
-                "no output depends differentiably on the rewritten sites; use distill_steps=0"
-            )
+            raise GraphOptError("no output depends differentiably on the rewritten sites; use distill_steps=0")
         if not bool(torch.isfinite(loss)):
             raise CheckFailed("end-to-end distillation diverged; lower distill_rate")
         optimizer.zero_grad()

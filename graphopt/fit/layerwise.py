@@ -40,9 +40,7 @@ def fit_layerwise(
         index = next(order)
         optimizer.zero_grad()
         for replacement in replacements:
-            value = loss(
-                replacement.module, replacement.record.inputs(index), replacement.record.output(index)
-            )
+            value = loss(replacement.module, replacement.record.inputs(index), replacement.record.output(index))
             if not bool(torch.isfinite(value)):
                 raise CheckFailed(f"fitting site {replacement.site.name!r} diverged; lower learning_rate")
             value.backward()

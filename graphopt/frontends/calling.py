@@ -38,9 +38,7 @@ class Calling:
     def __deepcopy__(self, memo: dict[int, Any]) -> Calling:
         return self  # immutable
 
-    def flatten(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], specs: Sequence[ValueSpec]
-    ) -> list[Any]:
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], specs: Sequence[ValueSpec]) -> list[Any]:
         """The values of the graph's inputs in a call.
 
         Args:
@@ -54,9 +52,7 @@ class Calling:
         try:
             leaves = self.in_spec.flatten_up_to(self._as_exported(args, kwargs))
         except ValueError as error:
-            raise GraphOptError(
-                f"expected arguments nested as in the example inputs, but: {error}"
-            ) from error
+            raise GraphOptError(f"expected arguments nested as in the example inputs, but: {error}") from error
         for index, expected in self.fixed_inputs.items():
             _check_fixed(self._leaf_name(index), expected, leaves[index])
         varying = [leaf for index, leaf in enumerate(leaves) if index not in self.fixed_inputs]
@@ -156,11 +152,7 @@ def output_names(spec: pytree.TreeSpec) -> list[str]:
 def _paths(spec: pytree.TreeSpec) -> list[tuple[Any, ...]]:
     if spec.is_leaf():
         return [()]
-    return [
-        (key, *rest)
-        for key, child in zip(_keys(spec), spec.children(), strict=True)
-        for rest in _paths(child)
-    ]
+    return [(key, *rest) for key, child in zip(_keys(spec), spec.children(), strict=True) for rest in _paths(child)]
 
 
 def _keys(spec: pytree.TreeSpec) -> Sequence[Any]:
@@ -169,18 +161,12 @@ def _keys(spec: pytree.TreeSpec) -> Sequence[Any]:
     candidates = [context, *context] if isinstance(context, (list, tuple)) else [context]
     candidates.append(getattr(context, "_fields", None))  # a named tuple's context is its type
     for keys in candidates:
-        if (
-            isinstance(keys, (list, tuple))
-            and len(keys) == count
-            and all(isinstance(k, (str, int)) for k in keys)
-        ):
+        if isinstance(keys, (list, tuple)) and len(keys) == count and all(isinstance(k, (str, int)) for k in keys):
             return keys
     return range(count)
 
 
-def _named(
-    tree: tuple[tuple[Any, ...], dict[str, Any]], signature: inspect.Signature
-) -> list[tuple[str, Any]]:
+def _named(tree: tuple[tuple[Any, ...], dict[str, Any]], signature: inspect.Signature) -> list[tuple[str, Any]]:
     args, kwargs = tree
     names = [name for name, p in signature.parameters.items() if p.kind in _POSITIONAL]
     names += [f"args_{i}" for i in range(len(args) - len(names))]

@@ -17,7 +17,7 @@ from torch import fx
 from graphopt import dialect
 from graphopt.dialect.binding import accepts, parameter_name
 from graphopt.errors import GraphOptError
-from graphopt.graph import Dim, Graph, Origin, ValueSpec, set_attribute
+from graphopt.graph import Dim, Graph, Origin, ValueSpec, attribute, set_attribute
 from graphopt.onnxfile import OnnxFile, TensorReader, read
 from graphopt.onnxfile.scopes import captured
 from graphopt.onnxfile.tensors import TORCH_DTYPES
@@ -44,9 +44,7 @@ class _Importer:
         self.root = torch.nn.Module()
         self.reader = TensorReader(file.folder)
         self.values: dict[str, fx.Node] = {}
-        self.opsets = {
-            ("" if o.domain == "ai.onnx" else o.domain): o.version for o in file.proto.opset_import
-        }
+        self.opsets = {("" if o.domain == "ai.onnx" else o.domain): o.version for o in file.proto.opset_import}
         self.functions = {(f.domain, f.name) for f in file.proto.functions}
         # The bytes behind each constant, for nodes that run on onnxruntime.
         self.constants: dict[fx.Node, tuple[Any, onnx.TensorProto]] = {}
@@ -79,7 +77,7 @@ class _Importer:
     def _weight(self, name: str, tensor: onnx.TensorProto) -> fx.Node:
         value = self.reader.value(tensor)
         node = self._store(name, value)
-        self.constants[node] = (value, tensor)
+        self.constants[node] = (attribute(self.root, str(node.target)), tensor)
         return node
 
     def _store(self, name: str, value: Any) -> fx.Node:
@@ -141,10 +139,7 @@ class _Importer:
             return None
         kwargs: dict[str, Any] = {}
         for attribute in proto.attribute:
-            if (
-                attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-                or attribute.ref_attr_name
-            ):
+            if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) or attribute.ref_attr_name:
                 return None
             kwargs[parameter_name(attribute.name)] = self._attribute(proto, attribute)
         if entry.counted:
@@ -171,9 +166,7 @@ class _Importer:
             return value.decode(errors="surrogateescape")
         if attribute.type == onnx.AttributeProto.STRINGS:
             return [v.decode(errors="surrogateescape") for v in value]
-        return (
-            list(value) if attribute.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS) else value
-        )
+        return list(value) if attribute.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS) else value
 
     def _opaque(self, index: int, proto: onnx.NodeProto, args: list[Any], outer: Iterable[str]) -> fx.Node:
         names = [*proto.input, *outer]
@@ -184,9 +177,7 @@ class _Importer:
         }
         model = self.file.proto
         target = f"opaque_{index}_{_identifier(proto.op_type)}"
-        self.root.add_module(
-            target, OpaqueOperator(proto, tuple(outer), model.opset_import, model.functions, known)
-        )
+        self.root.add_module(target, OpaqueOperator(proto, tuple(outer), model.opset_import, model.functions, known))
         return self.graph.create_node("call_module", target, tuple(args))
 
     def _bind_outputs(self, node: fx.Node, proto: onnx.NodeProto) -> None:
@@ -197,9 +188,7 @@ class _Importer:
         for i, name in enumerate(proto.output):
             if not name:
                 continue
-            item = self.graph.create_node(
-                "call_function", operator.getitem, (node, i), name=_identifier(name)
-            )
+            item = self.graph.create_node("call_function", operator.getitem, (node, i), name=_identifier(name))
             item.meta["onnx_name"] = name
             self.values[name] = item
 
@@ -226,9 +215,7 @@ def _order(nodes: Iterable[onnx.NodeProto], defined: set[str]) -> list[int]:
     try:
         return list(nx.lexicographical_topological_sort(structure))
     except nx.NetworkXUnfeasible as error:
-        raise GraphOptError(
-            "the model's nodes form a cycle, so no order can run them; the file is corrupt"
-        ) from error
+        raise GraphOptError("the model's nodes form a cycle, so no order can run them; the file is corrupt") from error
 
 
 def _identifier(name: str) -> str:

@@ -40,9 +40,7 @@ def _body(module: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, tuple[
     return None
 
 
-def _inline(
-    module: fx.GraphModule, node: fx.Node, body: fx.GraphModule, args: tuple[Any, ...], detached: bool
-) -> None:
+def _inline(module: fx.GraphModule, node: fx.Node, body: fx.GraphModule, args: tuple[Any, ...], detached: bool) -> None:
     inline_regions(body)
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     mapping: dict[fx.Node, Any] = dict(zip(placeholders, args, strict=True))

@@ -162,8 +162,7 @@ def _export(
     second = "the same" if reasons[0] == reasons[1] else reasons[1]
     advice = "; set config.use_cache = False" if "cache_utils" in reasons[0] else ""
     raise GraphOptError(
-        f"torch.export could not trace {type(module).__name__}: {reasons[0]} "
-        f"(in strict mode: {second}){advice}"
+        f"torch.export could not trace {type(module).__name__}: {reasons[0]} (in strict mode: {second}){advice}"
     ) from cause
 
 
@@ -189,9 +188,7 @@ def _called_as(module: torch.nn.Module, signature: inspect.Signature) -> Iterato
             vars(module)["forward"] = own
 
 
-def _unlift(
-    program: ExportedProgram, signature: inspect.Signature, class_name: str
-) -> tuple[fx.GraphModule, Calling]:
+def _unlift(program: ExportedProgram, signature: inspect.Signature, class_name: str) -> tuple[fx.GraphModule, Calling]:
     """The program as a flat graph that reads weights by name, and how the module around it is called."""
     guarded = "check_guards" in inspect.signature(program.module).parameters
     stateful: Any = program.module(check_guards=False) if guarded else program.module()
@@ -201,9 +198,7 @@ def _unlift(
     flat = list(returned) if isinstance(returned, (list, tuple)) else [returned]
     results = tuple(value for value in flat if isinstance(value, fx.Node))
     if not results:
-        raise GraphOptError(
-            f"expected {class_name} to return tensors, but it returns none; return what it computes"
-        )
+        raise GraphOptError(f"expected {class_name} to return tensors, but it returns none; return what it computes")
     graph.output(results)
     module = fx.GraphModule(stateful, graph, class_name=class_name)
     inline_regions(module)
@@ -230,9 +225,7 @@ def _clean(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _fix_constants(
-    module: fx.GraphModule, program: ExportedProgram
-) -> tuple[tuple[str | None, ...], dict[int, Any]]:
+def _fix_constants(module: fx.GraphModule, program: ExportedProgram) -> tuple[tuple[str | None, ...], dict[int, Any]]:
     """Erase the placeholders of values that cannot vary: the names of the others, and the erased values."""
     names: list[str | None] = []
     fixed: dict[int, Any] = {}

@@ -52,9 +52,7 @@ def read(path: str | Path) -> OnnxFile:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise GraphOptError(
-            f"expected a readable model file, but {path} cannot be read: {error.strerror}"
-        ) from error
+        raise GraphOptError(f"expected a readable model file, but {path} cannot be read: {error.strerror}") from error
     model = OnnxFile(parse(data, str(path)), path.resolve())
     _check_external(model)
     return model
@@ -169,9 +167,7 @@ def external_span(tensor: onnx.TensorProto, folder: Path | None) -> ExternalSpan
         offset = int(entries.get("offset", 0) or 0)
         length = int(entries["length"]) if entries.get("length") else None
     except ValueError as error:
-        raise GraphOptError(
-            f"tensor {tensor.name!r} has an external offset or length that is no number"
-        ) from error
+        raise GraphOptError(f"tensor {tensor.name!r} has an external offset or length that is no number") from error
     size = path.stat().st_size
     if offset < 0 or (length or 0) < 0 or offset + (length or 0) > size:
         raise GraphOptError(

@@ -104,7 +104,7 @@ def from_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor | np.ndarray[Any, An
     array = np.asarray(array)
     if array.dtype in _VIEWED:
         integer, dtype = _VIEWED[array.dtype]
-        return torch.from_numpy(np.ascontiguousarray(array).view(integer).copy()).view(dtype)
+        return torch.from_numpy(np.ascontiguousarray(array).view(integer).copy()).view(dtype).view(array.shape)
     if array.dtype in _UNPACKED:
         return torch.from_numpy(array.astype(_UNPACKED[array.dtype]))
     if array.dtype.kind not in "biufc":

@@ -31,13 +31,9 @@ def check_output(path: str | Path) -> Path:
     path = Path(path)
     folder = path.resolve().parent
     if not folder.is_dir():
-        raise GraphOptError(
-            f"expected an existing folder for the output, but {folder} does not exist; create it first"
-        )
+        raise GraphOptError(f"expected an existing folder for the output, but {folder} does not exist; create it first")
     if path.is_dir():
-        raise GraphOptError(
-            f"expected a file name for the output, but {path} is a folder; name a file inside it"
-        )
+        raise GraphOptError(f"expected a file name for the output, but {path} is a folder; name a file inside it")
     try:
         # os.access answers yes to root even on read-only file systems; only trying tells.
         with tempfile.TemporaryFile(dir=folder):
@@ -136,9 +132,7 @@ def _relocate(proto: onnx.ModelProto, path: Path, folder: Path | None) -> None:
                 stream.seek(offset)
                 with span.path.open("rb") as source:
                     source.seek(span.offset)
-                    length = (
-                        span.length if span.length is not None else span.path.stat().st_size - span.offset
-                    )
+                    length = span.length if span.length is not None else span.path.stat().st_size - span.offset
                     _stream(source, stream, length)
             elif len(tensor.raw_data) > _SMALL:
                 offset, length = _align(stream.tell()), len(tensor.raw_data)
@@ -163,8 +157,6 @@ def _stream(source: BinaryIO, target: BinaryIO, length: int, chunk: int = 1 << 2
     while remaining:
         block = source.read(min(chunk, remaining))
         if not block:
-            raise GraphOptError(
-                "external data ended before its tensor did; the file changed while it was read"
-            )
+            raise GraphOptError("external data ended before its tensor did; the file changed while it was read")
         target.write(block)
         remaining -= len(block)

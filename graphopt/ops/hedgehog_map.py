@@ -23,7 +23,12 @@ def reference(
 
     Returns:
         [B, H, T, 2 F], in the type of `x`; computed in fp32 or better.
+
+    Raises:
+        ValueError: there is no such activation.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"expected activation to be one of {ACTIVATIONS}, got {activation!r}")
     wide = torch.promote_types(x.dtype, torch.float32)
     projected = x.to(wide) @ weight.to(wide)
     if bias is not None:
@@ -33,14 +38,7 @@ def reference(
     return features.flatten(-2).to(x.dtype)
 
 
-@torch.library.custom_op("graphopt::hedgehog_map", mutates_args=())
-def hedgehog_map(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "softmax"
-) -> torch.Tensor:
-    """See `reference`."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"expected activation to be one of {ACTIVATIONS}, got {activation!r}")
-    return reference(x, weight, bias, activation)
+hedgehog_map = torch.library.custom_op("graphopt::hedgehog_map", reference, mutates_args=())
 
 
 @hedgehog_map.register_fake

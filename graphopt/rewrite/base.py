@@ -74,9 +74,7 @@ class Pass:
             return Tolerance(0.0, "exact")
         if self.equivalence is Equivalence.REASSOCIATED:
             return Tolerance(_REASSOCIATED.get(dtype, 0.0), f"floating-point order in {dtype}")
-        raise NotImplementedError(
-            f"{type(self).__name__} is {self.equivalence.value} and must state its tolerance"
-        )
+        raise NotImplementedError(f"{type(self).__name__} is {self.equivalence.value} and must state its tolerance")
 
 
 @dataclass(frozen=True)
@@ -106,9 +104,7 @@ class SitePass(Pass):
     def fit(self, replacements: Sequence[Replacement], context: Context) -> None:
         """Train the replacements, one by one, on what calibration recorded at their sites."""
 
-    def finish(
-        self, teacher: Graph, student: Graph, replacements: Sequence[Replacement], context: Context
-    ) -> None:
+    def finish(self, teacher: Graph, student: Graph, replacements: Sequence[Replacement], context: Context) -> None:
         """Train the spliced graph as a whole against the original one."""
 
     def run(self, graph: Graph, context: Context) -> tuple[Graph, Sequence[SiteReport]]:

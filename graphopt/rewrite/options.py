@@ -66,9 +66,7 @@ def read_pipeline(path: Path) -> list[str]:
     try:
         content = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise GraphOptError(
-            f"expected a readable TOML pipeline, but {path} cannot be read: {error}"
-        ) from error
+        raise GraphOptError(f"expected a readable TOML pipeline, but {path} cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise GraphOptError(f"expected a TOML pipeline, but {path} does not parse: {error}") from error
     passes = content.get("passes")

@@ -19,9 +19,7 @@ class _FlatTracer(fx.Tracer):
         super().__init__()
         self._inputs = inputs
 
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         # A replacement is written as forward(*values): how many there are, only the site knows.
         proxies = [self.create_proxy("placeholder", f"value_{i}", (), {}) for i in range(self._inputs)]
         return root_fn, [self.root, *proxies]
@@ -30,9 +28,7 @@ class _FlatTracer(fx.Tracer):
         return False
 
 
-def splice(
-    graph: Graph, site: Site, module: torch.nn.Module, stem: str, example: Sequence[Any] = ()
-) -> fx.Node:
+def splice(graph: Graph, site: Site, module: torch.nn.Module, stem: str, example: Sequence[Any] = ()) -> fx.Node:
     """Replace `site` by `module` in place and return the new output node.
 
     Args:
@@ -83,9 +79,7 @@ def _observed(node: fx.Node) -> dict[str, Any]:
     return {key: node.meta[key] for key in ("dtype", "rank", "shape") if key in node.meta}
 
 
-def _weight(
-    graph: Graph, module: torch.nn.Module, target: str, stem: str, weights: dict[str, str]
-) -> fx.Node:
+def _weight(graph: Graph, module: torch.nn.Module, target: str, stem: str, weights: dict[str, str]) -> fx.Node:
     if target not in weights:
         weights[target] = fresh_attribute(graph.module, f"{stem}.{target}")
         set_attribute(graph.module, weights[target], attribute(module, target))

@@ -56,9 +56,7 @@ def compare(
     if rtol is None and atol is None:
         return Comparison(outputs, len(data))
     missed = [o for o in outputs if not _within(o, rtol, atol)]
-    reason = "; ".join(
-        f"{o.name}: relative RMS {o.rel_rms:.3g}, largest difference {o.max_abs:.3g}" for o in missed
-    )
+    reason = "; ".join(f"{o.name}: relative RMS {o.rel_rms:.3g}, largest difference {o.max_abs:.3g}" for o in missed)
     return Comparison(outputs, len(data), not missed, reason)
 
 

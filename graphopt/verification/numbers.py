@@ -47,7 +47,10 @@ def difference(expected: Any, found: Any) -> Difference:
     if a.numel() == 0:
         return _SAME
     same = (a == b) | (a.isnan() & b.isnan())
-    bitwise = bool(same.all()) and getattr(expected, "dtype", None) == getattr(found, "dtype", None)
+    signs = torch.signbit(a) == torch.signbit(b)  # -0 equals 0 and is another value
+    bitwise = bool((same & (signs | a.isnan())).all()) and getattr(expected, "dtype", None) == getattr(
+        found, "dtype", None
+    )
     if bitwise or bool(same.all()):
         return Difference(0.0, 0.0, 1.0, bitwise)
     delta = torch.where(same, torch.zeros_like(a), a - b)
@@ -56,9 +59,7 @@ def difference(expected: Any, found: Any) -> Difference:
     finite = torch.where(torch.isfinite(a), a, torch.zeros_like(a))
     scale = float(finite.square().mean().sqrt())
     rms = float(delta.square().mean().sqrt())
-    return Difference(
-        float(delta.abs().max()), rms / (scale or 1.0), _cosine(finite, finite - delta), bitwise
-    )
+    return Difference(float(delta.abs().max()), rms / (scale or 1.0), _cosine(finite, finite - delta), bitwise)
 
 
 _SAME = Difference(0.0, 0.0, 1.0, True)
