@@ -15,7 +15,8 @@ from torch import fx
 class Site:
     """A region of the graph that computes one known thing.
 
-    The region is convex: it reads `inputs`, writes `output`, and nothing inside it is used outside of it.
+    The region is convex: it reads `inputs`, writes `output`, and nothing else inside it is used outside of it, save
+    what an attention site lists as `exposed`.
     """
 
     kind: ClassVar[str] = ""
@@ -123,6 +124,10 @@ class AttentionSite(Site):
     """q and k are rotated right before the site."""
     past: tuple[fx.Node, fx.Node] | None = field(default=None, kw_only=True)
     """Cached keys and values that are joined to the new ones right before or inside the site."""
+    exposed: tuple[fx.Node, ...] = field(default=(), kw_only=True)
+    """Values inside the region that are also used outside of it (scores, weights); they stay when a pass replaces the
+    output, so that replacing saves none of their cost. Where one operator returns them beside the output, that
+    operator and they stay outside of `nodes`."""
     form: str = field(default="", kw_only=True)
     """What was recognised: `matmul-softmax-matmul`, `scaled_dot_product_attention`, `com.microsoft::Attention` ..."""
 

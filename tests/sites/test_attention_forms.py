@@ -16,6 +16,7 @@ from graphopt.graph import Graph
 from graphopt.sites import AttentionSite, MaskKind, find
 from graphopt.sites.attention import compare
 from graphopt.sites.samples import sample_inputs
+from graphopt.sites.vocabulary import kind
 
 B, H, T, D = 2, 3, 5, 4
 Attend = Callable[..., Tensor]
@@ -52,7 +53,7 @@ def check(graph: Graph, site: AttentionSite) -> None:
     """The site is a region, and means what the graph computes; masks hold zeros and ones."""
     inside = set(site.nodes)
     for node in site.nodes[:-1]:
-        assert set(node.users) <= inside
+        assert (set(node.users) <= inside) == (node not in site.exposed)
     assert not inside & set(site.inputs)
     assert len(set(site.inputs)) == len(site.inputs)
     seen: dict[Any, Any] = {}
@@ -363,6 +364,81 @@ def test_rotary_embedding_and_cache() -> None:
     assert [n.op for n in site.past] == ["placeholder", "placeholder"]
 
 
+# Scores and weights that are used outside too
+
+
+def weights_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    weights = torch.softmax(q @ k.transpose(-1, -2), -1)
+    return weights @ v, weights
+
+
+def scores_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = (q * 0.5) @ k.transpose(-1, -2)
+    return torch.softmax(scores, -1) @ v, scores
+
+
+def scores_and_weights_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    scores = q @ k.transpose(-1, -2)
+    scaled = scores * 0.5
+    weights = torch.softmax(scaled, -1)
+    return weights @ v, scores, scaled, weights
+
+
+def masked_scores_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = (q @ k.transpose(-1, -2)).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -1e9)
+    return torch.softmax(scores, -1) @ v, scores
+
+
+def weights_averaged(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    weights = torch.softmax(q @ k.transpose(-1, -2), -1)
+    mean = weights.mean(1)
+    return weights @ v, mean
+
+
+def weights_rolled_out(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    weights = torch.softmax(q @ k.transpose(-1, -2), -1)
+    return weights @ v, weights.transpose(-1, -2) @ weights
+
+
+def two_kinds_of_values(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    weights = torch.softmax(q @ k.transpose(-1, -2), -1)
+    return weights @ v, weights @ (v * v)
+
+
+EXPOSED: dict[str, tuple[Attend, list[str]]] = {
+    "weights": (weights_returned, ["softmax"]),
+    "scores": (scores_returned, ["matmul"]),
+    "scores and weights": (scores_and_weights_returned, ["matmul", "mul", "softmax"]),
+    "masked scores": (masked_scores_returned, ["masked_fill"]),
+    "mean of weights": (weights_averaged, ["softmax"]),
+    "product of weights": (weights_rolled_out, ["softmax"]),
+    "two kinds of values": (two_kinds_of_values, ["softmax"]),
+}
+
+
+@pytest.mark.parametrize("name", EXPOSED)
+def test_scores_and_weights_that_are_used_outside(name: str) -> None:
+    function, expected = EXPOSED[name]
+    site = the_site(graph_of(function, *qkv()))
+    assert [kind(n) for n in site.exposed] == expected
+    assert [n.op for n in site.inputs[:3]] == ["placeholder"] * 3
+
+
+def test_averaged_weights_of_torch_multi_head_attention() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(H * D, H, batch_first=True)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            result: tuple[Tensor, Tensor] = self.attention(x, x, x)
+            return result
+
+    site = the_site(graph_of(Own(), torch.randn(B, T, H * D)))
+    assert site.query_heads == H
+    assert len(site.exposed) == 1
+
+
 # Near misses: refused, each with its reason
 
 
@@ -374,14 +450,10 @@ def mixture(x: Tensor, w: Tensor, experts: Tensor) -> Tensor:
     return torch.softmax(x @ w, -1) @ experts
 
 
-def weights_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def check_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.softmax(q @ k.transpose(-1, -2), -1)
-    return weights @ v, weights
-
-
-def scores_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    scores = q @ k.transpose(-1, -2)
-    return torch.softmax(scores, -1) @ v, scores
+    unseen = torch.isnan(weights)
+    return torch.where(unseen, torch.zeros_like(weights), weights) @ v, unseen
 
 
 def weights_scaled_per_head(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
@@ -423,12 +495,11 @@ NEAR_MISSES: dict[str, tuple[Attend, tuple[Tensor, ...], dict[str, Tensor], str]
         {"w": torch.randn(4, 7), "experts": torch.randn(7, 3)},
         "constant operand",
     ),
-    "weights returned": (weights_returned, qkv(), {}, "are an output of the model"),
-    "scores returned": (
-        scores_returned,
+    "a check of the weights returned": (
+        check_returned,
         qkv(),
         {},
-        "is used outside of the attention as an output of the model",
+        r"\(isnan\) is used outside of the attention as an output of the model",
     ),
     "weights scaled": (
         weights_scaled_per_head,

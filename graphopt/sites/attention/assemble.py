@@ -99,13 +99,15 @@ class Draft:
     softcap: float
     form: str
     causal: bool = False
+    exposable: tuple[fx.Node, ...] = ()
+    """The scores and weights among `core`: what is also used outside of them the site exposes."""
 
 
 def assemble(view: View, draft: Draft) -> AttentionSite:
     """Build and check the site.
 
     Raises:
-        RefusedError: a value inside is used outside, or the region computes something else.
+        RefusedError: a value inside that cannot be exposed is used outside, or the region computes something else.
     """
     terms, implied = _outside_terms(view, draft)
     nodes = [draft.q.node, draft.k.node, draft.v.node, *(t.value for t, _ in terms)]
@@ -116,7 +118,7 @@ def assemble(view: View, draft: Draft) -> AttentionSite:
     ]
     masks = tuple(MaskPart(t.form, inputs.index(t.value), p, t.factor) for t, p in terms)
     passed = [n for x in (draft.q, draft.k, draft.v) for n in x.passed]
-    covered = region.cover(view, [*draft.core, *passed], inputs, draft.output)
+    covered, exposed = region.cover(view, [*draft.core, *passed], inputs, draft.output, draft.exposable)
     shapes = _canonical_shapes(view, parts, inputs)
     square = all(q[2] == k[2] for q, k, _ in shapes)
     rule = draft.causal or implied
@@ -138,6 +140,7 @@ def assemble(view: View, draft: Draft) -> AttentionSite:
         value_dim=_static(s[2][3] for s in shapes),
         rope=rotated(view, draft.q.node) and rotated(view, draft.k.node),
         past=past_of(view, draft.k.node, draft.v.node),
+        exposed=exposed,
         form=draft.form,
     )
     region.check(view, site)

@@ -31,14 +31,15 @@ _JOIN = Program((("permute", (0, 2, 1, 3)), ("flatten", 2, 3)))
 
 @dataclass(frozen=True)
 class _Operator:
-    """The names of an operator's inputs in order, and which further outputs hold the cache."""
+    """The names of an operator's inputs in order, and which further outputs hold the cache, and scores or weights."""
 
     form: str
     inputs: str
     caches: tuple[int, ...]
+    scores: tuple[int, ...] = ()
 
 
-_ONNX = _Operator("Attention", "q k v attn_mask past_key past_value nonpad", (1, 2))
+_ONNX = _Operator("Attention", "q k v attn_mask past_key past_value nonpad", (1, 2), (3,))
 _MICROSOFT = _Operator("com.microsoft::Attention", "x weights bias mask past attention_bias past_length", (1,))
 _MULTI_HEAD = _Operator(
     "com.microsoft::MultiHeadAttention",
@@ -79,7 +80,7 @@ def onnx_attention(view: View, node: fx.Node) -> AttentionSite:
     """The site of an ai.onnx Attention.
 
     Raises:
-        RefusedError: its mask is shorter than the keys, or more than the result and the cache is used.
+        RefusedError: its mask is shorter than the keys by a number that is not static.
     """
     given, options = _given(node, _ONNX), attributes(node)
     packed = view.rank(given["q"]) == 3
@@ -217,7 +218,7 @@ def _site(
     split: Unpacked,
     packed: bool,
 ) -> AttentionSite:
-    output, options = result_of(view, node, operator.caches), attributes(node)
+    output, options = result_of(view, node, operator.caches + operator.scores), attributes(node)
     names = [n for n in given if n in split.used]
     inputs = tuple(dict.fromkeys(given[n] for n in names))
     split = replace(split, names=tuple((n, inputs.index(given[n])) for n in names))
@@ -235,7 +236,7 @@ def _site(
     site = AttentionSite(
         name=name_of(node),
         anchor=node,
-        # The operator stays where its cache is used elsewhere; only its first result is replaced then.
+        # The operator stays where its cache or scores are used elsewhere; only its first result is replaced then.
         nodes=tuple(dict.fromkeys((node, output))) if _only_result(view, node) else (output,),
         inputs=inputs,
         split=split,
@@ -249,6 +250,7 @@ def _site(
         value_dim=v[3],
         rope=all(n in given and rotated(view, given[n]) for n in ("q", "k")),
         past=None if past[0] is None or past[1] is None else (past[0], past[1]),
+        exposed=tuple(u for u in view.users(node) if _index(u) in operator.scores and view.users(u)),
         form=operator.form,
     )
     region.check(view, site)
@@ -259,7 +261,12 @@ def _site(
 
 
 def _only_result(view: View, node: fx.Node) -> bool:
-    return all(vocabulary.kind(u) != "getitem" or u.args[1] == 0 for u in view.users(node))
+    return all(_index(u) == 0 for u in view.users(node))
+
+
+def _index(user: fx.Node) -> int:
+    """Which output of an operator `user` is."""
+    return int(str(user.args[1])) if vocabulary.kind(user) == "getitem" else 0
 
 
 def _first_error(view: View) -> str:

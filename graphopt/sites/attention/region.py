@@ -20,16 +20,19 @@ _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 class Closure:
-    """Answers whether the value of a node serves only the one output of a site."""
+    """Answers whether the value of a node serves only the one output of a site, and what the site may expose."""
 
-    def __init__(self, view: View, output: fx.Node, barriers: Iterable[fx.Node] = ()) -> None:
-        """Args: view: graph. output: of the site. barriers: values that enter it from outside."""
+    def __init__(
+        self, view: View, output: fx.Node, barriers: Iterable[fx.Node] = (), exposable: Iterable[fx.Node] = ()
+    ) -> None:
+        """Args: view: graph. output: of the site. barriers: values that enter it. exposable: see `cover`."""
         self._view = view
         self.before = vocabulary.ancestors([output])
-        self._known: dict[fx.Node, bool] = {**dict.fromkeys(barriers, False), output: True}
+        known = {**dict.fromkeys(barriers, False), **dict.fromkeys(exposable, True), output: True}
+        self._known: dict[fx.Node, bool] = known
 
     def __call__(self, node: fx.Node) -> bool:
-        """Whether every path from `node` leads through the output."""
+        """Whether every path from `node` leads through the output or an exposable value."""
         pending = [node]
         while pending:
             current = pending[-1]
@@ -48,12 +51,21 @@ class Closure:
         return self._known[node]
 
 
-def cover(view: View, core: Iterable[fx.Node], inputs: Iterable[fx.Node], output: fx.Node) -> tuple[fx.Node, ...]:
-    """The nodes of the site: `core`, all between it and the output, and constants and sizes only they use.
+def cover(
+    view: View,
+    core: Iterable[fx.Node],
+    inputs: Iterable[fx.Node],
+    output: fx.Node,
+    exposable: Iterable[fx.Node] = (),
+) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+    """The nodes of the site, and those of `exposable` that are also used outside of it.
+
+    They are `core`, all between it and the output, and constants and sizes only they use.
 
     Raises:
-        RefusedError: a value inside is used outside, or an input depends on the inside.
+        RefusedError: another value inside is used outside, or an input depends on the inside.
     """
+    allowed, exposed = set(exposable), []
     before, inside = vocabulary.ancestors([output]), set(core)
     ordered = sorted(before, key=view.order.__getitem__)
     for node in ordered:
@@ -61,7 +73,11 @@ def cover(view: View, core: Iterable[fx.Node], inputs: Iterable[fx.Node], output
             inside.add(node)
     for node in ordered:
         users = view.users(node) if node in inside and node is not output else []
-        for user in (u for u in users if u not in inside):
+        outside = [u for u in users if u not in inside]
+        if outside and node in allowed:
+            exposed.append(node)
+            continue
+        for user in outside:
             by = "as an output of the model" if user.op == "output" else f"by {name_of(user)} ({kind(user)})"
             raise RefusedError(f"{name_of(node)} ({kind(node)}) is used outside of the attention {by}")
     given = set(inputs)
@@ -73,7 +89,7 @@ def cover(view: View, core: Iterable[fx.Node], inputs: Iterable[fx.Node], output
         if all(u in inside for u in view.users(node)) and not vocabulary.depends_on_values(node):
             inside.add(node)
     unused = [n for n in view.order if n in view.dead and _reads(n, inside)]
-    return (*(n for n in ordered if n in inside and n is not output), *unused, output)
+    return (*(n for n in ordered if n in inside and n is not output), *unused, output), tuple(exposed)
 
 
 def _reads(node: fx.Node, inside: set[fx.Node]) -> bool:

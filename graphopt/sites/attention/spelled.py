@@ -32,19 +32,24 @@ def read(view: View, softmax: fx.Node) -> AttentionSite:
     if given is None:
         raise RefusedError("the softmax has no operand")
     _require_no_sink(view, given)
-    context = read_weights(view, softmax)
+    contexts = read_weights(view, softmax)
     rank = view.rank(given)
     axis = vocabulary.softmax_axis(softmax, rank)
     if axis is None:
         raise RefusedError("the softmax flattens several axes (opset below 13 and not its last axis)")
     scores = read_scores(view, given, axis)
-    reading = _Reading(view, softmax, axis - rank, scores, context)
     reasons: list[RefusedError] = []
-    for inner, outer in reading.batches():
+    for context in contexts:
         try:
-            return reading.site(inner, outer)
+            reading = _Reading(view, softmax, axis - rank, scores, context)
         except RefusedError as refused:
             reasons.append(refused)
+            continue
+        for inner, outer in reading.batches():
+            try:
+                return reading.site(inner, outer)
+            except RefusedError as refused:
+                reasons.append(refused)
     raise reasons[0] if reasons else RefusedError(f"products of rank {rank} are not read")
 
 
@@ -82,7 +87,9 @@ class _Reading:
         inner = {*scores.nodes, *context.nodes}
         self.terms = tuple(outermost(view, t, inner) for t in scores.terms)
         free = [t.value for t in self.terms if not vocabulary.ancestors([t.value]) & inner]
-        self.closed = Closure(view, second.node, free)
+        # A tuple, such as that of a dropout and its mask, holds more than weights.
+        self.exposable = tuple(n for n in (*scores.nodes, *context.nodes[:-1]) if n in view.samples[0].shapes)
+        self.closed = Closure(view, second.node, free, self.exposable)
 
     def _keys_come_first(self, product: Product, axis: int) -> bool:
         """Whether the softmax runs over the rows of the product; queries are then the columns."""
@@ -160,6 +167,7 @@ class _Reading:
             merge=merge,
             scale=self.scores.scale,
             softcap=self.scores.softcap,
+            exposable=self.exposable,
             form="matmul-softmax-matmul",
         )
         return assemble(view, draft)

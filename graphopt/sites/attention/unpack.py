@@ -140,7 +140,7 @@ class Unpacked:
             return [torch.unsqueeze(torch.gt(mask, 0), 1)]
         if self.mask_form == "ends":
             return [torch.lt(key_positions(k), _column(mask))]
-        ends, starts = torch.chunk(mask, 2, 0)
+        ends, starts = _items(torch.unflatten(mask, 0, (2, -1)), 0, 2)
         return [torch.lt(key_positions(k), _column(ends)), torch.ge(key_positions(k), _column(starts))]
 
 
@@ -220,7 +220,7 @@ class MicrosoftAttention(Unpacked):
         """See `Unpacked`."""
         if "past" not in given:
             return k, v
-        keys, values = (torch.squeeze(x, 0) for x in torch.chunk(given["past"], 2, 0))
+        keys, values = _items(given["past"], 0, 2)
         return torch.cat((keys, k), 2), torch.cat((values, v), 2)
 
 
@@ -245,12 +245,12 @@ class MultiHead(Unpacked):
 
     def _separate(self, given: dict[str, Any]) -> tuple[Any, Any, Any]:
         if "k" not in given:
-            parts = torch.chunk(given["q"], 3, 3)
+            parts = _items(given["q"], 3, 3)
         elif "v" not in given:
-            parts = torch.chunk(given["k"], 2, 3)
+            parts = _items(given["k"], 3, 2)
         else:
             return given["q"], given["k"], given["v"]
-        flat = [torch.flatten(torch.squeeze(x, 3), 2, 3) for x in parts]
+        flat = [torch.flatten(x, 2, 3) for x in parts]
         return (flat[0], flat[1], flat[2]) if len(flat) == 3 else (given["q"], flat[0], flat[1])
 
 
@@ -296,6 +296,11 @@ class Grouped(Unpacked):
         if "total" in index:
             found[index["total"]] = torch.full(shapes[index["total"]], total, dtype=torch.int32)
         return found
+
+
+def _items(x: Any, axis: int, count: int) -> list[Any]:
+    """The values along an axis of known size; proxies cannot be iterated, so `unbind` does not do."""
+    return [torch.squeeze(torch.narrow(x, axis, i, 1), axis) for i in range(count)]
 
 
 def _cut(x: Any, axis: int, widths: Sequence[int]) -> tuple[Any, Any, Any]:

@@ -26,45 +26,60 @@ class Context:
     nodes: tuple[fx.Node, ...]
 
 
-def read_weights(view: View, softmax: fx.Node) -> Context:
-    """Follow the result of a softmax to the product with the values.
+def read_weights(view: View, softmax: fx.Node) -> list[Context]:
+    """Follow the result of a softmax to the products with values, in execution order.
+
+    There are several where the weights are also used outside of the attention, by a product again.
 
     Raises:
-        RefusedError: there is no such product, or the weights are used for something else too.
+        RefusedError: there is no such product.
     """
-    node, passed = softmax, [softmax]
-    while True:
-        if is_output(node) and not any(product(view, u) for u in view.users(node) if u.op != "output"):
-            raise RefusedError(f"{name_of(node)} is an output of the model and feeds no product with values")
-        if is_output(node):
-            raise RefusedError(f"the weights ({name_of(node)}) are an output of the model")
-        following = _next(view, node)
-        found = product(view, following)
-        passed.append(following)
-        if found is not None:
-            return Context(found, "left" if found.left is node else "right", tuple(passed))
-        node = following
+    found: list[Context] = []
+    reasons: list[RefusedError] = []
+    pending: list[tuple[fx.Node, ...]] = [(softmax,)]
+    while pending:
+        passed = pending.pop()
+        try:
+            following = _next(view, passed[-1])
+        except RefusedError as refused:
+            reasons.append(refused)
+            continue
+        for user, read in following:
+            if read is None:
+                pending.append((*passed, user))
+            else:
+                found.append(Context(read, "left" if read.left is passed[-1] else "right", (*passed, user)))
+    if not found:
+        raise reasons[0]
+    return sorted(found, key=lambda c: view.order[c.product.node])
 
 
-def _next(view: View, node: fx.Node) -> fx.Node:
-    users = [u for u in view.users(node) if kind(u) not in _CHECKS]
-    selecting = [u for u in users if kind(u) == "where"]
-    if selecting:
-        users = selecting
+def _next(view: View, node: fx.Node) -> list[tuple[fx.Node, Product | None]]:
+    """What passes the weights on, or multiplies values with them.
+
+    Raises:
+        RefusedError: nothing does.
+    """
+    users = [u for u in view.users(node) if u.op != "output" and kind(u) not in _CHECKS]
+    following = [(u, _product(view, u)) for u in users]
+    following = [(u, p) for u, p in following if p is not None or _keeps(view, u, kind(u), node)]
+    if following:
+        return following
+    if is_output(node):
+        raise RefusedError(f"{name_of(node)} is an output of the model and feeds no product with values")
     if not users:
         raise RefusedError("nothing uses the softmax")
-    products = [u for u in users if product(view, u) is not None]
-    if len(users) > 1 and products:
-        other = next(u for u in users if u is not products[0])
-        raise RefusedError(f"the weights are used outside of the attention by {name_of(other)} ({kind(other)})")
-    if len(users) > 1:
-        names = ", ".join(name_of(u) for u in users[:3])
-        raise RefusedError(f"the softmax feeds no product with values, but {names}")
-    user = users[0]
-    name = kind(user)
-    if products or _keeps(view, user, name, node):
-        return user
-    raise RefusedError(f"the softmax feeds no product with values, but {name_of(user)} ({name})")
+    names = ", ".join(name_of(u) for u in users[:3])
+    raise RefusedError(
+        f"the softmax feeds no product with values, but {names}" + (f" ({kind(users[0])})" if len(users) == 1 else "")
+    )
+
+
+def _product(view: View, node: fx.Node) -> Product | None:
+    try:
+        return product(view, node)
+    except RefusedError:
+        return None  # what it multiplies has no known shape: whatever it is, it is none that could be checked
 
 
 def _keeps(view: View, user: fx.Node, name: str, node: fx.Node) -> bool:
