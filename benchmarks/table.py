@@ -47,7 +47,8 @@ def _cell(value: Any) -> str:
 def _quality(result: _Result) -> list[str]:
     names = list(result["rows"][0]["cosine"])
     rows = [
-        [r["fit"], f"`{r['pass']}`", f"{r['seconds']:.0f}", *(f"{r['cosine'][n]:.4f}" for n in names)] for r in result["rows"]
+        [r["fit"], f"`{r['pass']}`", f"{r['seconds']:.0f}", *(f"{r['cosine'][n]:.4f}" for n in names)]
+        for r in result["rows"]
     ]
     return [
         "## Linear attention: quality",
@@ -71,7 +72,16 @@ def _latency(result: _Result) -> list[str]:
         ]
         for r in result["rows"]
     ]
-    columns = ["threads", "length", "original ms", "linear ms", "site ratio", "quartiles", "whole-model ratio", "quartiles"]
+    columns = [
+        "threads",
+        "length",
+        "original ms",
+        "linear ms",
+        "site ratio",
+        "quartiles",
+        "whole-model ratio",
+        "quartiles",
+    ]
     return [
         "## Linear attention: latency",
         "One attention site of all-MiniLM-L6-v2 (12 heads of 32, batch 1) on onnxruntime CPU, cut out of the saved models, and the\n"

@@ -12,7 +12,7 @@ def test_all_names_are_there():
     for name in graphopt.__all__:
         assert getattr(graphopt, name) is not None
     assert sorted(graphopt._HOMES) == sorted(graphopt.__all__) == dir(graphopt)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="no attribute"):
         _ = graphopt.nothing
 
 
@@ -23,5 +23,5 @@ def test_importing_is_light():
 
 
 def test_wrong_source():
-    with pytest.raises(graphopt.GraphOptError, match="expected a path, an nn.Module or an ExportedProgram, got int"):
+    with pytest.raises(graphopt.GraphOptError, match=r"expected a path, an nn\.Module or an ExportedProgram, got int"):
         graphopt.load(3)

@@ -138,10 +138,10 @@ class _Importer:
         if entry is None or self._makes_packed(proto, args):
             return None
         kwargs: dict[str, Any] = {}
-        for attribute in proto.attribute:
-            if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) or attribute.ref_attr_name:
+        for field in proto.attribute:
+            if field.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) or field.ref_attr_name:
                 return None
-            kwargs[parameter_name(attribute.name)] = self._attribute(proto, attribute)
+            kwargs[parameter_name(field.name)] = self._attribute(proto, field)
         if entry.counted:
             kwargs["outputs"] = len(proto.output)
         if not accepts(entry, len(args), kwargs):

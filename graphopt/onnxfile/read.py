@@ -149,7 +149,8 @@ def external_span(tensor: onnx.TensorProto, folder: Path | None) -> ExternalSpan
     location = entries.get("location", "")
     if folder is None:
         raise GraphOptError(
-            f"tensor {tensor.name!r} has external data at {location!r}, but the model has no folder; load it from its file"
+            f"tensor {tensor.name!r} has external data at {location!r}, but the model has no folder; "
+            "load it from its file"
         )
     root = folder.resolve()
     path = (root / location).resolve()

@@ -89,7 +89,8 @@ def _view(buffer: Any, dtype: torch.dtype, proto: onnx.TensorProto) -> torch.Ten
     wanted = math.prod(dims) * dtype.itemsize
     if len(buffer) < wanted:
         raise GraphOptError(
-            f"tensor {proto.name!r} of shape {dims} needs {wanted} bytes, but the file holds {len(buffer)}; it is corrupt"
+            f"tensor {proto.name!r} of shape {dims} needs {wanted} bytes, but the file holds {len(buffer)}; "
+            "it is corrupt"
         )
     if wanted == 0:
         return torch.empty(dims, dtype=dtype)

@@ -104,5 +104,6 @@ def _check(items: Sequence[Pass], report: Report, min_cosine: float | None) -> N
             raise CheckFailed(f"expected floating-point order to change at most 1e-4, but {measured}")
         if min_cosine is not None and output.cosine < min_cosine:
             raise CheckFailed(
-                f"expected a mean cosine of at least {min_cosine} at every output, but {output.name!r} has {output.cosine:.4f}"
+                f"expected a mean cosine of at least {min_cosine} at every output, "
+                f"but {output.name!r} has {output.cosine:.4f}"
             )

@@ -1,6 +1,6 @@
-"""narrow(f(a, b), -2, -1, 1)   ->   f(narrow(a, -2, -1, 1), narrow(b, -2, -1, 1))   for elementwise f
+"""A replacement that needs only the last row of a mask [B, 1, T, S] should not make the runtime compute all of it.
 
-A replacement that needs only the last row of a mask [B, 1, T, S] should not make the runtime compute all of it.
+narrow(f(a, b), -2, -1, 1)   ->   f(narrow(a, -2, -1, 1), narrow(b, -2, -1, 1))   for elementwise f
 """
 
 from __future__ import annotations

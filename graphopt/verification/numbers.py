@@ -37,8 +37,10 @@ def difference(expected: Any, found: Any) -> Difference:
             return _WORST
         worst = max(pairs, key=lambda d: d.rel_rms, default=_SAME)
         return worst
-    if isinstance(expected, dict):
-        return _SAME if expected == found else _WORST
+    if isinstance(expected, dict):  # an ONNX map: scores by label
+        if not isinstance(found, dict) or expected.keys() != found.keys():
+            return _WORST
+        return difference(np.array(list(expected.values())), np.array([found[key] for key in expected]))
     a, b = _float64(expected), _float64(found)
     if a is None or b is None:
         return _SAME if np.array_equal(np.asarray(expected), np.asarray(found)) else _WORST

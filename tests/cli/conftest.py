@@ -184,9 +184,7 @@ def relu_net(*, weights: Sequence[float] = (0.5, -0.25), sigmoid: bool = True) -
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])],
         [numpy_helper.from_array(weight, "w")],
     )
-    return helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="tests"
-    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="tests")
 
 
 @pytest.fixture

@@ -64,9 +64,7 @@ def test_output_in_a_missing_folder(model: Path, rejects: Refused) -> None:
 
 
 def test_output_below_a_file(model: Path, rejects: Refused) -> None:
-    assert "expected an existing folder" in rejects(
-        "transform", model, "--pass", "soften", "-o", model / "out.onnx"
-    )
+    assert "expected an existing folder" in rejects("transform", model, "--pass", "soften", "-o", model / "out.onnx")
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that even root cannot write to")
@@ -175,9 +173,7 @@ def test_unknown_target(verb: str, target: str, words: str, model: Path, rejects
 
 
 def test_unknown_site(model: Path, rejects: Refused) -> None:
-    assert "no site is called 'corner_3'" in rejects(
-        "transform", model, "--pass", "soften", "--only", "corner_3"
-    )
+    assert "no site is called 'corner_3'" in rejects("transform", model, "--pass", "soften", "--only", "corner_3")
 
 
 def test_unknown_node(model: Path, rejects: Refused) -> None:

@@ -162,7 +162,5 @@ def test_explain_a_node_that_no_finder_took(invoke: Invoke, model: Path) -> None
 
 
 def test_explain_linearize(invoke: Invoke, attention: Path) -> None:
-    found = data(invoke("explain", attention, "--pass", "linearize", "--node", "/Softmax", "--json", "-"))[
-        "sites"
-    ]
+    found = data(invoke("explain", attention, "--pass", "linearize", "--node", "/Softmax", "--json", "-"))["sites"]
     assert [site["status"] for site in found] == ["accepted"]

@@ -50,9 +50,7 @@ def test_written_file_that_computes_something_else(
     assert names(model.parent) == {"net.onnx"}
 
 
-def test_written_file_that_does_not_load(
-    refused: Refused, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_written_file_that_does_not_load(refused: Refused, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = registry.backend("onnx")
     lower = type(backend).lower
 
@@ -67,9 +65,7 @@ def test_written_file_that_does_not_load(
     assert names(model.parent) == {"net.onnx"}
 
 
-def test_without_onnxruntime_the_check_is_skipped(
-    invoke: Invoke, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_onnxruntime_the_check_is_skipped(invoke: Invoke, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphopt.cli.saving.installed", lambda: False)
     result = invoke("transform", model, "--pass", "soften")
     assert result.exit_code == 0

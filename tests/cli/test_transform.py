@@ -120,9 +120,7 @@ def test_default_names_of_other_pipelines() -> None:
     from graphopt.cli.saving import default_output
 
     assert default_output(Path("m.onnx"), ["cleanup"], "onnx").name == "m.cleanup.onnx"
-    assert (
-        default_output(Path("m.onnx"), ["linearize", "quantize"], "onnx").name == "m.linearize-quantize.onnx"
-    )
+    assert default_output(Path("m.onnx"), ["linearize", "quantize"], "onnx").name == "m.linearize-quantize.onnx"
     assert default_output(Path("m.onnx"), ["linearize"], "torch").name == "m.linearize.pt2"
 
 
@@ -152,12 +150,7 @@ def test_force(invoke: Invoke, model: Path) -> None:
 def test_same_seed_same_file(invoke: Invoke, model: Path) -> None:
     written = []
     for name in ("a.onnx", "b.onnx"):
-        assert (
-            invoke(
-                "transform", model, "--pass", "soften", "--seed", "3", "-o", model.with_name(name)
-            ).exit_code
-            == 0
-        )
+        assert invoke("transform", model, "--pass", "soften", "--seed", "3", "-o", model.with_name(name)).exit_code == 0
         written.append(model.with_name(name).read_bytes())
     assert written[0] == written[1]
 

@@ -40,9 +40,7 @@ def test_a_model_equals_itself(runtime: tuple[str, ...], invoke: Invoke, model: 
         ("--rtol", "1e-6", "--atol", "1e-6"),
     ],
 )
-def test_a_missed_bound(
-    bound: tuple[str, ...], runtime: str, invoke: Invoke, model: Path, other: Path
-) -> None:
+def test_a_missed_bound(bound: tuple[str, ...], runtime: str, invoke: Invoke, model: Path, other: Path) -> None:
     path = model.with_name("verify.json")
     result = invoke("verify", model, other, *bound, "--runtime", runtime, "--json", path)
     assert result.exit_code == 1
@@ -109,9 +107,7 @@ def test_bench_two_models(target: str, invoke: Invoke, model: Path, other: Path)
     assert [row["dims"] for row in found["rows"]] == [{"batch": 2}, {"batch": 16}]
     for row in found["rows"]:
         assert row["outputs"][0]["rel_rms"] > 0
-        assert (
-            row["timing"]["ratio"]["min"] <= row["timing"]["ratio"]["median"] <= row["timing"]["ratio"]["max"]
-        )
+        assert row["timing"]["ratio"]["min"] <= row["timing"]["ratio"]["median"] <= row["timing"]["ratio"]["max"]
     assert "A/B above 1: B is faster" in invoke("bench", *args).stdout
 
 

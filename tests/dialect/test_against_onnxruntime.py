@@ -16,9 +16,7 @@ CODES |= {torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8, torch.bo
 DOMAIN = "com.microsoft"
 
 
-def run(
-    name: str, domain: str, opset: int, inputs: list[Tensor | None], outputs: int, options: dict[str, Any]
-) -> Any:
+def run(name: str, domain: str, opset: int, inputs: list[Tensor | None], outputs: int, options: dict[str, Any]) -> Any:
     """One node on onnxruntime, as it stands: no optimiser may replace it."""
     names = ["" if x is None else f"x{i}" for i, x in enumerate(inputs)]
     results = [f"y{i}" for i in range(outputs)]
@@ -28,9 +26,7 @@ def run(
         for n, x in zip(names, inputs, strict=True)
         if x is not None
     ]
-    graph = helper.make_graph(
-        [node], "one", declared, [helper.make_empty_tensor_value_info(n) for n in results]
-    )
+    graph = helper.make_graph([node], "one", declared, [helper.make_empty_tensor_value_info(n) for n in results])
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=min(10, 3 + (opset > 9) * 7))
     settings = onnxruntime.SessionOptions()
@@ -42,9 +38,7 @@ def run(
     return session.run(None, feed)
 
 
-def case(
-    name: str, *inputs: Any, domain: str = DOMAIN, opset: int = 17, outputs: int = 1, **options: Any
-) -> Any:
+def case(name: str, *inputs: Any, domain: str = DOMAIN, opset: int = 17, outputs: int = 1, **options: Any) -> Any:
     """A node; a tuple stands for a random tensor of that shape."""
     shown = [f"{key}={value}" for key, value in options.items()]
     label = "-".join([name, str(opset), *shown, f"{len(inputs)}in{outputs}"]).replace(" ", "")

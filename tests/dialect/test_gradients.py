@@ -14,9 +14,7 @@ NEWEST = 28
 
 def case(name: str, *shapes: tuple[int, ...], domain: str = "", opset: int = NEWEST, **keywords: Any) -> Any:
     """An operator applied to random float64 inputs of the given shapes."""
-    label = "-".join(
-        [name, str(opset), *(f"{k}={v}" for k, v in keywords.items() if not isinstance(v, Tensor))]
-    )
+    label = "-".join([name, str(opset), *(f"{k}={v}" for k, v in keywords.items() if not isinstance(v, Tensor))])
     return pytest.param(name, domain, opset, shapes, keywords, id=label.replace(" ", ""))
 
 
@@ -101,9 +99,7 @@ CASES = [
 ]  # fmt: skip
 
 
-def bound(
-    function: Callable[..., Any], after: list[Tensor | None], keywords: dict[str, Any]
-) -> Callable[..., Any]:
+def bound(function: Callable[..., Any], after: list[Tensor | None], keywords: dict[str, Any]) -> Callable[..., Any]:
     return lambda *inputs: function(*inputs, *after, **keywords)
 
 

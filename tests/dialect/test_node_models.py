@@ -50,9 +50,7 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    return {
-        name: value if isinstance(value, (int, float)) else plain(value) for name, value in values.items()
-    }
+    return {name: value if isinstance(value, (int, float)) else plain(value) for name, value in values.items()}
 
 
 def entries(model: onnx.ModelProto) -> list[Operator] | None:

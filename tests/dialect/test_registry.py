@@ -85,12 +85,7 @@ def test_keywords_are_the_standard_attributes_and_defaults(entry: Operator) -> N
         elif attribute.required:
             assert default is inspect.Parameter.empty, name
     # What is left belongs to an earlier version that the same function covers.
-    known = {
-        name
-        for s in onnx.defs.get_all_schemas_with_history()
-        if s.name == entry.name
-        for name in s.attributes
-    }
+    known = {name for s in onnx.defs.get_all_schemas_with_history() if s.name == entry.name for name in s.attributes}
     assert set(keywords) <= known
 
 
@@ -98,9 +93,7 @@ def test_keywords_are_the_standard_attributes_and_defaults(entry: Operator) -> N
 def test_every_attribute_is_a_parameter(entry: Operator) -> None:
     """Strings and sparse tensors of Constant aside: those are not tensors of numbers."""
     parameters = set(inspect.signature(entry.function).parameters)
-    missing = (
-        set(schema_of(entry).attributes) - parameters - {"sparse_value", "value_string", "value_strings"}
-    )
+    missing = set(schema_of(entry).attributes) - parameters - {"sparse_value", "value_string", "value_strings"}
     assert not missing - {"consumed_inputs"}
 
 

@@ -10,9 +10,11 @@ import graphopt
 from graphopt.verification.numbers import difference
 
 # Relative RMS; two libraries sum in another order, and fp16 models round at other places.
-FP32, FP16 = 2e-5, 2e-2
-# Integer arithmetic in between: a value at a rounding boundary moves by one step of the quantisation.
-QUANTISED = 5e-2
+FP32, FP16 = 5e-5, 2e-2
+# Integer arithmetic in between: a value at a rounding boundary moves by one step of 1/127, in each of up to 50 layers.
+QUANTISED = 1e-1
+# Layer norms of values whose mean is far above their spread: onnxruntime's variance is 2e-3 from fp64, torch's 2e-5.
+OFFSET_NORM = 5e-3
 WIDER = {
     "onnxruntime-qnn__model.onnx": QUANTISED,
     "onnxruntime-qnn__conv_qdq_s8s8.onnx": QUANTISED,
@@ -21,6 +23,12 @@ WIDER = {
     "onnxruntime-qnn__qdq_with_multi_consumer_dq_nodes.onnx": QUANTISED,
     "onnxruntime-qnn__qdq_with_multi_consumer_q_dq_axis.onnx": QUANTISED,
     "onnxruntime-qnn__attention_past_state.u8u8.onnx": QUANTISED,
+    "onnxruntime-qnn__gpt2_embedlayer_one_attn_exp.onnx": OFFSET_NORM,
+    "onnxruntime-qnn__decoder_with_past_self_mha_fused.onnx": OFFSET_NORM,
+    "onnxruntime-qnn__decoder_with_past_self_mha_split_bias_fused.onnx": OFFSET_NORM,
+    # Casts to fp16 and back inside.
+    "onnxruntime-qnn__transpose_cast_matmul_4d_fusion3.onnx": FP16,
+    "onnxruntime-qnn__transpose_cast_matmul_4d_fusion5.onnx": FP16,
     # Outputs of 1e-5 in the tail of a sigmoid, where onnxruntime is 7e-3 from fp64 and torch 2e-6.
     "yunet_n_dynamic.onnx": 1e-2,
     # Activations of 6e4 ahead of a softmax: torch is 4e-4 from fp64, onnxruntime 6e-4.
@@ -58,7 +66,11 @@ def test_runs_as_on_onnxruntime(shared_data, folder):
         graph = graphopt.load(path)
         found = graph.run(feeds)
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        half = any("float16" in str(a.dtype) for a in feeds.values()) or "fp16" in entry["file"] or "tiny-qwen" in path.name
+        half = (
+            any("float16" in str(a.dtype) for a in feeds.values())
+            or "fp16" in entry["file"]
+            or "tiny-qwen" in path.name
+        )
         limit = WIDER.get(entry["file"], FP16 if half else FP32)
         for output, expected in zip(session.get_outputs(), session.run(None, feeds), strict=True):
             error = difference(expected, found[output.name])

@@ -82,9 +82,8 @@ def test_dims_beyond_the_bytes(tmp_path):
 
 
 def test_cycle(tmp_path):
-    model = onnx.parser.parse_model(
-        '<ir_version: 8, opset_import: ["": 17]> g (float[4] x) => (float[4] y) { a = Add(x, b) b = Add(x, a) y = Add(a, b) }'
-    )
+    nodes = "{ a = Add(x, b) b = Add(x, a) y = Add(a, b) }"
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> g (float[4] x) => (float[4] y) {nodes}')
     onnx.save(model, tmp_path / "m.onnx")
     refuse(tmp_path / "m.onnx", "cycle")
 

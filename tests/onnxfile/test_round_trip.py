@@ -37,9 +37,7 @@ def feeds_of(entry):
 def run(path, feeds):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(
-        None, feeds
-    )
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, feeds)
 
 
 def assert_same(a, b):
@@ -171,7 +169,9 @@ def test_weights_move_out_on_request(tmp_path):
     assert_same(run(path, {"x": x}), run(tmp_path / "out.onnx", {"x": x}))
 
 
-@pytest.mark.parametrize("name", ["from", "a.class.b", "0", "weight", "a..b", ".", "forward", "training", "x y", "größe"])
+@pytest.mark.parametrize(
+    "name", ["from", "a.class.b", "0", "weight", "a..b", ".", "forward", "training", "x y", "größe"]
+)
 def test_any_weight_name(tmp_path, name):
     model = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y) { y = Add(x, w) }'

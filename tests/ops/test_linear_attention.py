@@ -12,9 +12,7 @@ def naive(q, k, v, key_weight=None, causal=False, normalize=True, eps=1e-6):
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     weights = q @ k.transpose(-1, -2)
     if key_weight is not None:
-        weights = weights * key_weight.transpose(-1, -2).repeat_interleave(
-            groups if key_weight.shape[1] > 1 else 1, 1
-        )
+        weights = weights * key_weight.transpose(-1, -2).repeat_interleave(groups if key_weight.shape[1] > 1 else 1, 1)
     T, S = weights.shape[-2:]
     if causal:
         weights = weights * torch.ones(T, S, dtype=weights.dtype).tril(S - T)
@@ -93,9 +91,7 @@ def test_feature_map(activation, biased):
     f = (lambda z: z.softmax(-1)) if activation == "softmax" else torch.exp
     torch.testing.assert_close(found, torch.cat([f(y), f(-y)], -1), rtol=1e-12, atol=1e-12)
     values = [x, weight] + ([bias] if biased else [])
-    assert torch.autograd.gradcheck(
-        lambda *v: hedgehog_map(v[0], v[1], v[2] if biased else None, activation), values
-    )
+    assert torch.autograd.gradcheck(lambda *v: hedgehog_map(v[0], v[1], v[2] if biased else None, activation), values)
 
 
 def test_unknown_activation():

@@ -14,9 +14,7 @@ from graphopt.rewrite import parse
 from graphopt.verification.numbers import difference
 
 # Tests are imported by path: this folder is no package.
-_spec = importlib.util.spec_from_file_location(
-    "attention_models", Path(__file__).with_name("attention_models.py")
-)
+_spec = importlib.util.spec_from_file_location("attention_models", Path(__file__).with_name("attention_models.py"))
 models = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(models)
 
@@ -101,14 +99,12 @@ def test_interface_and_untouched_nodes_stay(rewritten):
     kept = {n.name for n in after.graph.node} & {n.name for n in before.graph.node}
     assert len(kept) >= 8, "the projections stay as they were"
     # The input graph is another object and still computes what it did.
-    assert statuses(graph.apply("linearize{max_error=1e-9,fit_steps=0}", calibration=calibration(1))) == [
-        "reverted"
-    ]
+    assert statuses(graph.apply("linearize{max_error=1e-9,fit_steps=0}", calibration=calibration(1))) == ["reverted"]
 
 
 @pytest.mark.parametrize("kind", ["bidirectional", "expanded"])
 def test_no_length_squared_tensor_bidirectional(kind, tmp_path):
-    """At 4,096 tokens a [T, T] matrix of 4 heads would take 268 MB; even a boolean one 17 MB; the linear form stays below 8 MB."""
+    """At 4,096 tokens a [T, T] matrix of 4 heads takes 268 MB, a boolean one 17 MB; the linear form stays below 8 MB."""
     path = tmp_path / "m.onnx"
     models.export(models.Block(kind), path)
     graph = graphopt.load(path)
@@ -220,8 +216,7 @@ def test_distillation_improves_the_whole(tmp_path):
     models.export(models.Block(), path)
     graph, data = graphopt.load(path), calibration(12)
     short, long = (
-        graph.apply(f"linearize{{fit_steps=5,max_error=9,distill_steps={n}}}", calibration=data)
-        for n in (0, 60)
+        graph.apply(f"linearize{{fit_steps=5,max_error=9,distill_steps={n}}}", calibration=data) for n in (0, 60)
     )
     assert long.report.outputs[0].rel_rms < short.report.outputs[0].rel_rms
 
@@ -230,9 +225,7 @@ def test_seeded(tmp_path):
     path = tmp_path / "m.onnx"
     models.export(models.Block(), path)
     graph = graphopt.load(path)
-    a, b = (
-        graph.apply("linearize{fit_steps=5,features=16}", calibration=calibration(), seed=3) for _ in range(2)
-    )
+    a, b = (graph.apply("linearize{fit_steps=5,features=16}", calibration=calibration(), seed=3) for _ in range(2))
     values = feeds(9)
     np.testing.assert_array_equal(a.graph.run(values)["y"], b.graph.run(values)["y"])
 

@@ -41,14 +41,7 @@ def test_forms(graph, tmp_path):
         np.savez(folder / f"{i}.npz", **feeds(2, i))
     assert [tuple(b[0].shape) for b in calibration_for(graph, folder)] == [(2, 4), (2, 9)]
     assert len(calibration_for(graph, [feeds(), {k: torch.from_numpy(v) for k, v in feeds().items()}])) == 2
-    assert (
-        len(
-            calibration_for(
-                graph, torch.utils.data.DataLoader([{k: v[0] for k, v in feeds().items()}] * 4, 2)
-            )
-        )
-        == 2
-    )
+    assert len(calibration_for(graph, torch.utils.data.DataLoader([{k: v[0] for k, v in feeds().items()}] * 4, 2))) == 2
 
 
 def test_random_inputs_are_valid_and_seeded(graph):

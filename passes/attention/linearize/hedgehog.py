@@ -19,9 +19,7 @@ _NOISE = 0.02
 class HedgehogAttention(torch.nn.Module):
     """phi_q(q) (phi_k(k)^T v) / phi_q(q) (phi_k(k)^T 1), in the layout of the site that it replaces."""
 
-    def __init__(
-        self, site: AttentionSite, features: int, activation: str, generator: torch.Generator
-    ) -> None:
+    def __init__(self, site: AttentionSite, features: int, activation: str, generator: torch.Generator) -> None:
         """Start from phi(x) = [f(x), f(-x)].
 
         Args:
@@ -79,9 +77,7 @@ def _initial(heads: int, width: int, features: int, generator: torch.Generator) 
     return weight + noise if copies > 1 else weight
 
 
-def attention_transfer_loss(
-    module: torch.nn.Module, inputs: tuple[Any, ...], expected: torch.Tensor
-) -> torch.Tensor:
+def attention_transfer_loss(module: torch.nn.Module, inputs: tuple[Any, ...], expected: torch.Tensor) -> torch.Tensor:
     """Mean squared error of the site's output, relative to the output's own mean square."""
     found = module(*inputs)
     return F.mse_loss(found.float(), expected.float()) / expected.float().square().mean().clamp(min=1e-12)
