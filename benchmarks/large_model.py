@@ -54,7 +54,8 @@ base = memory("VmRSS")
 start = time.perf_counter(); {1}; load = time.perf_counter() - start
 loaded = memory("VmRSS")
 start = time.perf_counter(); {2}; save = time.perf_counter() - start
-print(json.dumps(dict(import_s=imported, load_s=load, save_s=save, import_mb=base, loaded_mb=loaded, peak_mb=memory("VmHWM"))))
+times = dict(import_s=imported, load_s=load, save_s=save)
+print(json.dumps(times | dict(import_mb=base, loaded_mb=loaded, peak_mb=memory("VmHWM"))))
 """
 
 

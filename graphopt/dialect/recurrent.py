@@ -151,10 +151,8 @@ def gru_1(
             recalled = F.linear(past, r[i, : 2 * hidden], own[: 2 * hidden])
             z, reset = gate(_limited(now[:, : 2 * hidden] + recalled, clip)).chunk(2, -1)
             inner, bias = r[i, 2 * hidden :], own[2 * hidden :]
-            if linear_before_reset:
-                heard = reset * F.linear(past, inner, bias)
-            else:
-                heard = F.linear(reset * past, inner, bias)
+            heard = F.linear(past if linear_before_reset else reset * past, inner, bias)
+            heard = reset * heard if linear_before_reset else heard
             n = candidate(_limited(now[:, 2 * hidden :] + heard, clip))
             return ((1 - z) * n + z * past,)
 

@@ -104,7 +104,7 @@ def test_interface_and_untouched_nodes_stay(rewritten):
 
 @pytest.mark.parametrize("kind", ["bidirectional", "expanded"])
 def test_no_length_squared_tensor_bidirectional(kind, tmp_path):
-    """At 4,096 tokens a [T, T] matrix of 4 heads takes 268 MB, a boolean one 17 MB; the linear form stays below 8 MB."""
+    """At 4,096 tokens a [T, T] of 4 heads takes 268 MB, a boolean one 17 MB; the linear form stays below 8 MB."""
     path = tmp_path / "m.onnx"
     models.export(models.Block(kind), path)
     graph = graphopt.load(path)
