@@ -16,7 +16,7 @@ from benchmarks.common import DATA, show, store
 
 FITS = {
     "no fit": ("linearize{fit_steps=0,max_error=10}", 64, ()),
-    "demo": ("linearize", 768, ((4, 128), (12, 64))),
+    "demo": ("linearize{fit_steps=300,distill_steps=60}", 768, ((4, 128), (12, 64))),
     "longer": ("linearize{fit_steps=800}", 1536, ((4, 192), (12, 96))),
     "longer, end to end": ("linearize{fit_steps=800,distill_steps=100}", 1536, ((4, 192), (12, 96))),
 }

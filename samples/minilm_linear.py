@@ -142,7 +142,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Linear attention for a pretrained sentence encoder.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "minilm")
     parser.add_argument("--sentences", type=int, default=768, help="how many to calibrate on, beside 192 documents")
-    parser.add_argument("--fit-steps", type=int, default=200, help="layer-wise training steps")
+    parser.add_argument("--fit-steps", type=int, default=300, help="layer-wise training steps")
+    parser.add_argument("--distill-steps", type=int, default=60, help="end-to-end training steps after them")
     options = parser.parse_args()
     started = time.perf_counter()
     out: Path = options.out
@@ -162,7 +163,8 @@ def main() -> None:
     count = write_batches(teachers[: options.sentences] + longer, calibration)
     print(f"{count} texts to calibrate on; {HELD_OUT} other sentences and 32 documents to judge by")
 
-    passes = ["--pass", "cleanup", "--pass", f"linearize{{method=hedgehog,fit_steps={options.fit_steps}}}"]
+    steps = f"fit_steps={options.fit_steps},distill_steps={options.distill_steps}"
+    passes = ["--pass", "cleanup", "--pass", f"linearize{{method=hedgehog,{steps}}}"]
     graphopt("transform", original, "-o", linear, "--force", *passes, "--calib", calibration)
     graphopt("verify", original, linear, "--calib", held_out)
     graphopt("bench", original, linear, *(w for n in LENGTHS for w in ("--dim", f"seq={n}")), "--dim", "batch=1")
