@@ -61,7 +61,11 @@ class OpaqueOperator(torch.nn.Module):
             if v is not None and not self._constant(i, v) and self.names[i]
         }
         outputs = [name for name in self.proto.output if name]
-        results = iter(self._sessions[key].run(outputs, feeds))
+        try:
+            results = iter(self._sessions[key].run(outputs, feeds))
+        except Exception as error:  # onnxruntime's exceptions share no base class of their own
+            reason = next(iter(str(error).splitlines()), "")
+            raise GraphOptError(f"operator {self.extra_repr()} failed on onnxruntime: {reason}") from error
         returned = tuple(_from_runtime(next(results)) if name else None for name in self.proto.output)
         return returned[0] if len(returned) == 1 else returned
 

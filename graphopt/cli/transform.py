@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 _CLEANUP = "cleanup"
 # A pass with more sites than this, and no measured errors to show, is summed up by kind.
 _LISTED = 12
+# Relative RMS errors on held-out batches.
+_ERRORS = {
+    "before_fit": "before fit",
+    "after_fit": "after fit",
+    "after_finish": "after end-to-end",
+    "worst": "worst batch",
+}
 
 
 def transform(
@@ -236,8 +243,10 @@ def _show_sites(terminal: Terminal, report: Report) -> None:
                 f"{title} (each in the JSON report)", ("kind", "status", "count>", "first reason"), _by_kind(each)
             )
             continue
-        columns = ("site", "kind", "status", "before fit>", "after fit>", "worst>", "reason")
-        terminal.table(title, columns, (_cells(site) for site in each.sites))
+        measured = {key for site in each.sites for key in site.errors}
+        shown = [key for key in _ERRORS if key in measured]
+        columns = ("site", "kind", "status", *(f"{_ERRORS[key]}>" for key in shown), "reason")
+        terminal.table(title, columns, (_cells(site, shown) for site in each.sites))
 
 
 def _by_kind(report: PassReport) -> list[list[str]]:
@@ -249,6 +258,6 @@ def _by_kind(report: PassReport) -> list[list[str]]:
     return [[kind, status, str(len(sites)), sites[0].reason] for (kind, status), sites in ordered]
 
 
-def _cells(site: SiteReport) -> list[str]:
-    errors = (site.errors.get(key) for key in ("before_fit", "after_fit", "worst"))
+def _cells(site: SiteReport, shown: Sequence[str]) -> list[str]:
+    errors = (site.errors.get(key) for key in shown)
     return [site.name, site.kind, site.status, *("" if e is None else number(e) for e in errors), site.reason]

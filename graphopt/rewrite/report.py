@@ -17,7 +17,7 @@ Status = Literal["rewritten", "refused", "reverted"]
 
 @dataclass
 class SiteReport:
-    """One candidate: what became of it, why, and its measured errors (`before_fit`, `after_fit`, `worst`)."""
+    """One candidate: what became of it, why, and its errors (`before_fit`, `after_fit`, `after_finish`, `worst`)."""
 
     name: str
     kind: str

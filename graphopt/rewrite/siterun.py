@@ -54,7 +54,12 @@ def run(item: SitePass, graph: Graph, context: Context) -> tuple[Graph, Sequence
     for replacement in reversed(kept):
         stem = f"graphopt.{item.name}.{site_name(replacement.site)}"
         splice(student, replacement.site, replacement.module, stem, replacement.record.inputs(0))
+    before = [p.detach().clone() for r in kept for p in r.module.parameters()]
     item.finish(graph, student, kept, context)
+    if any(
+        not torch.equal(a, b) for a, b in zip(before, (p for r in kept for p in r.module.parameters()), strict=True)
+    ):
+        _measure_again(kept, reports, context)
     for replacement in kept:
         replacement.module.requires_grad_(False)
     student.lint()
@@ -88,6 +93,15 @@ def _measure(replacements: Sequence[Replacement], context: Context, key: str) ->
                 found.append(difference(replacement.record.output(i), value).rel_rms)
         replacement.errors[key] = sum(found) / len(found)
         replacement.errors["worst"] = max(found)
+
+
+def _measure_again(kept: Sequence[Replacement], reports: Sequence[SiteReport], context: Context) -> None:
+    """Training through the whole model trades errors between sites: say what each has now."""
+    _measure(kept, context, "after_finish")
+    errors = {r.site.name: r.errors for r in kept}
+    for report in reports:
+        if report.status == "rewritten":
+            report.errors = dict(errors[report.name])
 
 
 def _judge(item: SitePass, replacement: Replacement, context: Context) -> SiteReport:

@@ -219,6 +219,8 @@ def test_distillation_improves_the_whole(tmp_path):
         graph.apply(f"linearize{{fit_steps=5,max_error=9,distill_steps={n}}}", calibration=data) for n in (0, 60)
     )
     assert long.report.outputs[0].rel_rms < short.report.outputs[0].rel_rms
+    assert "after_finish" in long.report.passes[0].sites[0].errors
+    assert "after_finish" not in short.report.passes[0].sites[0].errors
 
 
 def test_seeded(tmp_path):
