@@ -43,7 +43,7 @@ class ValueSpec:
 class Origin:
     """The ONNX node that an fx node stands for; kept verbatim until a pass changes the fx node.
 
-    `target`, `kwargs` and `arity` are what the importer made of the node: while they still hold, export re-emits
+    `target` and `kwargs` are what the importer made of the node: while they still hold, export re-emits
     `proto` (with inputs renamed where they come from new producers).
     """
 
@@ -56,10 +56,11 @@ class Origin:
 
     def holds_for(self, node: fx.Node) -> bool:
         """Whether `node` still means what `proto` says."""
-        same_keys = node.kwargs.keys() == self.kwargs.keys()
+        arity = len(self.proto.input) + len(self.captured)
         return (
             node.target == self.target
-            and same_keys
+            and len(node.args) == arity
+            and node.kwargs.keys() == self.kwargs.keys()
             and all(_same(node.kwargs[key], value) for key, value in self.kwargs.items())
         )
 

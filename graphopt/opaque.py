@@ -34,7 +34,8 @@ class OpaqueOperator(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.proto = proto
-        self.names = [*proto.input, *captured]
+        # By position: a pass may give two inputs that had one name different values.
+        self.names = [f"graphopt_input_{i}" if name else "" for i, name in enumerate(proto.input)] + list(captured)
         self._opsets = list(opsets)
         self._functions = list(functions)
         # Some operators insist on constant inputs, and sub-byte types exist only in their TensorProto.
@@ -88,7 +89,10 @@ class OpaqueOperator(torch.nn.Module):
                 "install graphopt[cpu]"
             ) from error
         graph = onnx.GraphProto(name="opaque")
-        graph.node.append(self.proto)
+        node = graph.node.add()
+        node.CopyFrom(self.proto)
+        for i in range(len(node.input)):
+            node.input[i] = self.names[i]
         seen: set[str] = set()
         for index, value in enumerate(values):
             name = self.names[index]
@@ -97,6 +101,7 @@ class OpaqueOperator(torch.nn.Module):
             seen.add(name)
             if self._constant(index, value):
                 graph.initializer.append(self._constants[index][1])
+                graph.initializer[-1].name = name
             else:
                 graph.input.append(onnx.ValueInfoProto(name=name, type=_type_of(value)))
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.proto.output if name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -15,7 +15,7 @@ from graphopt.backends.onnx.dialect_nodes import dialect_node
 from graphopt.backends.onnx.table import Call, function_name, lookup
 from graphopt.dialect import operator_of
 from graphopt.errors import GraphOptError
-from graphopt.graph import Graph
+from graphopt.graph import Graph, Origin
 from graphopt.onnxfile.read import graphs
 from graphopt.onnxfile.scopes import rename
 from graphopt.onnxfile.tensors import to_tensor_proto
@@ -88,7 +88,7 @@ class _Emitter:
     def _weight(self, node: fx.Node) -> None:
         origin = node.meta.get("onnx")
         if origin is not None:
-            self._keep(origin.index, origin.proto, {}, {origin.proto.output[0]: self.names[node]})
+            self._keep(origin, (), {origin.proto.output[0]: self.names[node]})
             return
         if "onnx_name" in node.meta or not node.users:
             return
@@ -106,9 +106,7 @@ class _Emitter:
             return
         origin = node.meta.get("onnx")
         if origin is not None and origin.holds_for(node):
-            old = [*origin.proto.input, *origin.captured]
-            renamed = {o: self._argument(a) for o, a in zip(old, node.args, strict=True) if o}
-            self._keep(origin.index, origin.proto, renamed, self._renamed_outputs(node, origin.proto))
+            self._keep(origin, [self._argument(a) for a in node.args], self._renamed_outputs(node, origin.proto))
             return
         self.changed = True
         if operator_of(node.target) is not None:  # type: ignore[arg-type]  # a call_function's target is callable
@@ -161,15 +159,23 @@ class _Emitter:
         lost = [name for i, name in enumerate(proto.output) if i not in items and name in self.taken]
         return {**renamed, **{name: self.parts.names.fresh(f"{name}/original") for name in lost}}
 
-    def _keep(self, index: int, proto: onnx.NodeProto, inputs: dict[str, str], outputs: dict[str, str]) -> None:
-        moved_in = {old: new for old, new in inputs.items() if old != new}
+    def _keep(self, origin: Origin, inputs: Sequence[str], outputs: Mapping[str, str]) -> None:
+        """Emit a node verbatim, or a copy with those names replaced that changed.
+
+        Inputs are renamed by position: a pass may have rewired only one of two equal ones.
+        """
+        proto = origin.proto
+        direct, outer = list(inputs[: len(proto.input)]), inputs[len(proto.input) :]
+        moved_in = {old: new for old, new in zip(origin.captured, outer, strict=True) if old != new}
         moved_out = {old: new for old, new in outputs.items() if old != new}
-        self.kept.append(index)
-        if not moved_in and not moved_out:
+        self.kept.append(origin.index)
+        if direct == list(proto.input) and not moved_in and not moved_out:
             self.nodes.append(proto)
             return
         self.changed = True
         twin = rename(proto, moved_in)
+        for i, name in enumerate(direct):
+            twin.input[i] = name
         for i, name in enumerate(twin.output):
             twin.output[i] = moved_out.get(name, name)
         self.nodes.append(twin)
