@@ -1,8 +1,12 @@
 """Fixtures and settings shared by all tests."""
 
+import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -37,3 +41,28 @@ def shared_data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no test data at {DATA}: set GRAPHOPT_TEST_DATA to its folder")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def zoo(shared_data: Path) -> Callable[..., Iterator[tuple[Path, dict[str, Any]]]]:
+    """Real models with the inputs that their index prescribes: `zoo("zoo", "zoo_extra")` gives (path, feeds) pairs."""
+
+    def models(*folders: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        for folder in folders:
+            for entry in json.loads((shared_data / folder / "index.json").read_text()):
+                yield shared_data / folder / entry["file"], _feeds(entry)
+
+    return models
+
+
+def _feeds(entry: dict[str, Any]) -> dict[str, Any]:
+    rng = np.random.default_rng(entry["seed"])
+    feeds = {}
+    for spec in entry["inputs"]:
+        if spec["dtype"] == "bool":
+            feeds[spec["name"]] = np.ones(spec["shape"], bool)
+        elif spec["range"] == "normal":
+            feeds[spec["name"]] = rng.standard_normal(spec["shape"]).astype(spec["dtype"])
+        else:
+            feeds[spec["name"]] = rng.integers(*spec["range"], spec["shape"]).astype(spec["dtype"])
+    return feeds

@@ -1,7 +1,5 @@
 """load + save of real models: the same graph, field by field, and the same outputs."""
 
-import json
-
 import numpy as np
 import onnx
 import onnxruntime
@@ -10,28 +8,6 @@ import torch
 
 import graphopt
 from graphopt.backends.onnx.emit import _Emitter
-
-
-def zoo_entries(root):
-    for folder in ("zoo", "zoo_extra"):
-        index = root / folder / "index.json"
-        if index.exists():
-            for entry in json.loads(index.read_text()):
-                yield root / folder / entry["file"], entry
-
-
-def feeds_of(entry):
-    rng = np.random.default_rng(entry["seed"])
-    feeds = {}
-    for spec in entry["inputs"]:
-        if spec["dtype"] == "bool":
-            feeds[spec["name"]] = np.ones(spec["shape"], bool)
-        elif spec["range"] == "normal":
-            feeds[spec["name"]] = rng.standard_normal(spec["shape"]).astype(spec["dtype"])
-        else:
-            low, high = spec["range"]
-            feeds[spec["name"]] = rng.integers(low, high, spec["shape"]).astype(spec["dtype"])
-    return feeds
 
 
 def run(path, feeds):
@@ -51,22 +27,22 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a, b)
 
 
-def test_every_zoo_model_comes_back_identical(shared_data, tmp_path):
+def test_every_zoo_model_comes_back_identical(zoo, tmp_path):
     count = 0
-    for path, entry in zoo_entries(shared_data):
+    for path, feeds in zoo("zoo", "zoo_extra"):
         saved = tmp_path / path.parent.name / path.name
         saved.parent.mkdir(exist_ok=True)
         graphopt.load(path).save(saved)
         before, after = (onnx.load(p, load_external_data=False) for p in (path, saved))
         assert after == before, f"{path.name} changed"  # protobuf equality: every field of every message
-        assert_same(run(path, feeds_of(entry)), run(saved, feeds_of(entry)))
+        assert_same(run(path, feeds), run(saved, feeds))
         count += 1
     assert count >= 97
 
 
-def test_every_zoo_model_is_rebuilt_from_its_graph(shared_data):
+def test_every_zoo_model_is_rebuilt_from_its_graph(zoo):
     """The same without the short cut for unchanged graphs: every message assembled from the fx graph."""
-    for path, _ in zoo_entries(shared_data):
+    for path, _ in zoo("zoo", "zoo_extra"):
         graph = graphopt.load(path)
         proto = graph.onnx.proto
         emitter = _Emitter(graph, proto, graph.onnx.opset(), "onnx")
