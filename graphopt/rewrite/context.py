@@ -40,12 +40,17 @@ class Context:
     def held_out(self) -> list[int]:
         """Calibration batches that no training sees, to judge by; all of them where there are too few to spare."""
         count = len(self.calibration)
-        return list(range(_EVERY // 2, count, _EVERY)) if count >= _EVERY else list(range(count))
+        return list(range(_EVERY // 2, count, _EVERY)) if self.spares_batches else list(range(count))
+
+    @property
+    def spares_batches(self) -> bool:
+        """Whether there are enough batches to keep some from training."""
+        return len(self.calibration) >= _EVERY
 
     def training(self) -> list[int]:
         """Calibration batches to train on."""
         count = len(self.calibration)
-        held = set(self.held_out()) if count >= _EVERY else set()
+        held = set(self.held_out()) if self.spares_batches else set()
         return [i for i in range(count) if i not in held]
 
     def generator(self) -> torch.Generator:

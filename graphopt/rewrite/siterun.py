@@ -38,6 +38,11 @@ def run(item: SitePass, graph: Graph, context: Context) -> tuple[Graph, Sequence
             reports.append(SiteReport(site.name, site.kind, "refused", reason))
     if not accepted:
         return graph, reports
+    if item.needs_calibration and not context.spares_batches:
+        context.notes.append(
+            f"errors are on the {len(context.calibration)} batches that it was fitted on; "
+            "from 10 batches on, one in ten is kept to judge by"
+        )
     replacements = _build(item, student, accepted, context)
     _measure(replacements, context, "before_fit")
     item.fit(replacements, context)

@@ -239,5 +239,13 @@ def test_synthetic_calibration_says_so(tmp_path):
     assert any("random inputs" in note and "quality is not" in note for note in result.report.notes)
 
 
+def test_few_batches_are_said_to_be_few(tmp_path):
+    models.export(models.Block(), tmp_path / "m.onnx")
+    graph = graphopt.load(tmp_path / "m.onnx")
+    for count, expected in ((9, 1), (10, 0)):
+        result = graph.apply("linearize{fit_steps=1,max_error=9}", calibration=calibration(count))
+        assert len([n for n in result.report.passes[0].notes if "one in ten" in n]) == expected
+
+
 def test_one_equation():
     assert "->" in (parse("linearize").__doc__ or "").splitlines()[0]
