@@ -130,8 +130,9 @@ def causal_conv_with_state_27(
 
 def _by_statistics(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor, epsilon: float) -> Tensor:
     if not (mean.requires_grad or var.requires_grad):
-        return F.batch_norm(x, mean, var, scale, bias, eps=epsilon)
-    # The kernel behind F.batch_norm refuses statistics that need a gradient.
+        # Not F.batch_norm: before torch 2.12 it refuses an epsilon of 0, which real models have.
+        return torch.batch_norm(x, scale, bias, mean, var, False, 0.0, epsilon, False)
+    # That kernel refuses statistics that need a gradient.
     shape = (-1, *(1,) * (x.dim() - 2))
     factor = scale * torch.rsqrt(var + epsilon)
     return x * factor.reshape(shape) + (bias - mean * factor).reshape(shape)
