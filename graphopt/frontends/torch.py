@@ -26,6 +26,7 @@ from graphopt.onnxfile.tensors import from_numpy
 
 _TRAINING_NOTE = "the module was in training mode: dropout and batch statistics stay active in the graph"
 _ASSERT_METADATA = torch.ops.aten._assert_tensor_metadata.default
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 _LIFT = torch.ops.aten.lift_fresh_copy.default
 _NUMBERS = {torch.SymInt: "int", torch.SymFloat: "float", torch.SymBool: "bool"}
 
@@ -219,6 +220,10 @@ def _clean(graph: fx.Graph) -> None:
         # Guards; and type and device assertions, which would only forbid `.half()` and `.to(device)`.
         if node.target in ("_guards_fn", _ASSERT_METADATA):
             graph.erase_node(node)
+        # A view insists on the strides that its input happened to have; a rewritten input may have others. Where the
+        # strides allow it, a reshape is the same view.
+        if node.target in _VIEWS:
+            node.target = torch.ops.aten.reshape.default
         # `torch.tensor(...)` in the model: a constant has no gradient to be detached from.
         if node.target is torch.ops.aten.detach_.default and node.args[0].target is _LIFT:
             node.replace_all_uses_with(node.args[0])

@@ -372,3 +372,25 @@ def test_transformers_is_not_imported_for_other_modules() -> None:
     loaded = "transformers" in sys.modules
     graphopt.load(Small().eval(), (torch.randn(2, 4),))
     assert ("transformers" in sys.modules) == loaded
+
+
+def laid_out_otherwise(x: torch.Tensor) -> torch.Tensor:
+    """The same values with the strides of another order of the axes."""
+    return x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+
+
+def test_no_operator_insists_on_strides() -> None:
+    """What a pass puts in place of a value may lie otherwise in memory."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x).view(x.shape[0], -1) + 1
+
+    x = torch.randn(2, 3, 4)
+    graph = graphopt.load(Model(), (x,)).copy()
+    relu = next(n for n in graph.nodes if "relu" in str(n.target))
+    with graph.fx.inserting_after(relu):
+        turned = graph.fx.call_function(laid_out_otherwise, (relu,))
+    relu.replace_all_uses_with(turned, delete_user_cb=lambda user: user is not turned)
+    graph.module.recompile()
+    torch.testing.assert_close(graph.execute(x)[0], Model()(x), rtol=0, atol=0)
