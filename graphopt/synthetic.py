@@ -20,22 +20,11 @@ _SMALL = 4
 _SMALLEST_TABLE = 2
 
 
-def random_inputs(graph: Graph, seed: int = 0, sizes: Mapping[str, int] | None = None) -> tuple[Any, ...]:
-    """One random value per input: normal floats, integers within the table that they index, ones for masks.
-
-    Args:
-        graph: the model.
-        seed: of the random generator.
-        sizes: sizes of symbolic dims by name.
-
-    Raises:
-        GraphOptError: an input is no tensor, or `sizes` names a dim that the model lacks.
-    """
-    return Synthetic(graph, sizes).batch(seed)
-
-
 class Synthetic:
-    """Random inputs of sizes that the model accepts."""
+    """Random inputs of sizes that the model accepts.
+
+    Floats are standard normal, integers lie within the table that they index, other integers and booleans are ones.
+    """
 
     def __init__(self, graph: Graph, sizes: Mapping[str, int] | None = None) -> None:
         """Find sizes: the usual ones if the model runs with them, else others.
@@ -45,7 +34,7 @@ class Synthetic:
             sizes: sizes of symbolic dims by name.
 
         Raises:
-            GraphOptError: see `random_inputs`.
+            GraphOptError: an input is no tensor, or `sizes` names a dim that the model lacks.
         """
         self._graph = graph
         self._limits = index_limits(graph)

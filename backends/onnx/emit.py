@@ -20,8 +20,6 @@ from graphopt.onnxfile.read import graphs
 from graphopt.onnxfile.scopes import rename
 from graphopt.onnxfile.tensors import to_tensor_proto
 
-_CONTRIB = "com.microsoft"
-
 
 def to_proto(graph: Graph, target: str = "onnx") -> onnx.ModelProto:
     """The ONNX model of a graph that came from ONNX; where nothing was rewritten, the very same model.
@@ -145,7 +143,7 @@ class _Emitter:
         return self._name(value) if isinstance(value, fx.Node) else ""
 
     def _output_names(self, node: fx.Node) -> list[str]:
-        items = {int(u.args[1]): u for u in node.users if u.target is operator.getitem}  # type: ignore[arg-type]  # an index
+        items = _items(node)
         if not items:
             return [self._name(node)]
         return [self._name(items[i]) if i in items else "" for i in range(max(items) + 1)]
@@ -153,7 +151,7 @@ class _Emitter:
     def _renamed_outputs(self, node: fx.Node, proto: onnx.NodeProto) -> dict[str, str]:
         if len(proto.output) == 1:
             return {proto.output[0]: self.names[node]}
-        items = {int(u.args[1]): u for u in node.users if u.target is operator.getitem}  # type: ignore[arg-type]  # an index
+        items = _items(node)
         renamed = {proto.output[i]: self.names[item] for i, item in items.items() if proto.output[i]}
         # What nothing reads any more still has to be called something where it may not be left out.
         lost = [name for i, name in enumerate(proto.output) if i not in items and name in self.taken]
@@ -231,6 +229,11 @@ class _Emitter:
             model.opset_import.add(domain=domain, version=1)
         if self.parts.functions:
             model.ir_version = max(model.ir_version, 8)  # the first IR version with model-local functions
+
+
+def _items(node: fx.Node) -> dict[int, fx.Node]:
+    """The values that are taken out of a node with several outputs, by output."""
+    return {int(u.args[1]): u for u in node.users if u.target is operator.getitem}  # type: ignore[arg-type]  # an index
 
 
 def _set(message: Any, name: str, value: Any) -> None:

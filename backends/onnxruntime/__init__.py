@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
-from graphopt.backends.onnx import OnnxBackend, to_proto
+from graphopt.backends.onnx import OnnxBackend
 from graphopt.backends.onnxruntime import linear_attention as _linear_attention
 from graphopt.backends.onnxruntime.session import Session
 from graphopt.graph import Graph
-from graphopt.onnxfile import write
 
 _ = _linear_attention  # enters its lowerings into the table
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(OnnxBackend):
     """Lowers a graph for onnxruntime and runs it there."""
 
     name = "onnxruntime"
-
-    def lower(self, graph: Graph) -> onnx.ModelProto:
-        """The model as a protobuf, with `com.microsoft` operators."""
-        if graph.onnx is not None:
-            return to_proto(graph, self.name)
-        from graphopt.backends.onnx.export import export
-
-        return export(graph, self.name)
-
-    def save(self, graph: Graph, path: Path, *, external: bool | None = None, **options: Any) -> None:
-        """See `OnnxBackend.save`."""
-        folder = graph.onnx.folder if graph.onnx is not None else None
-        write(self.lower(graph), path, folder=folder, external=external)
 
     def session(self, graph: Graph, *, providers: tuple[str, ...] = ("cpu",), threads: int | None = None) -> Session:
         """A running session of the graph."""
@@ -46,4 +30,4 @@ class OnnxRuntimeBackend:
         return self.session(graph, **options).run(feeds)
 
 
-__all__ = ["OnnxBackend", "OnnxRuntimeBackend", "Session"]
+__all__ = ["OnnxRuntimeBackend", "Session"]

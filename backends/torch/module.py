@@ -120,7 +120,7 @@ def _class(name: str, convention: Convention) -> type[LoweredModule]:
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     parameters = convention.signature.parameters.values()
     forward.__doc__ = LoweredModule.forward.__doc__
-    forward.__signature__ = inspect.Signature([self_parameter, *parameters])  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.Signature([self_parameter, *parameters])  # type: ignore[attr-defined]  # typeshed lacks it
     return type(name, (LoweredModule,), {"forward": forward, "__module__": __name__})
 
 

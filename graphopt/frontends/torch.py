@@ -179,7 +179,7 @@ def _called_as(module: torch.nn.Module, signature: inspect.Signature) -> Iterato
     def spelled_out(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
-    spelled_out.__signature__ = signature  # type: ignore[attr-defined]
+    spelled_out.__signature__ = signature  # type: ignore[attr-defined]  # inspect reads it, typeshed lacks it
     vars(module)["forward"] = spelled_out
     try:
         yield
