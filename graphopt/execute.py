@@ -9,6 +9,7 @@ from torch import fx
 
 from graphopt.errors import GraphOptError
 from graphopt.opaque import OpaqueOperator
+from graphopt.subgraphs import SubgraphOperator
 
 if TYPE_CHECKING:
     from graphopt.graph import Graph
@@ -33,6 +34,13 @@ class GraphInterpreter(fx.Interpreter):
         if self._observe is not None:
             self._observe(n, value)
         return value
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module; the nodes inside an operator's bodies are interpreted like all others."""
+        module = self.fetch_attr(target)
+        if isinstance(module, SubgraphOperator):
+            return module.evaluate(args, lambda body, values: execute(body, values, self._observe))
+        return module(*args, **kwargs)
 
     def _on_onnxruntime(self, n: fx.Node) -> Any:
         origin, source = n.meta.get("onnx"), self._graph.onnx

@@ -17,6 +17,7 @@ from torch.fx import Node
 from graphopt.errors import GraphOptError
 from graphopt.onnxfile import OnnxFile
 from graphopt.onnxfile.tensors import from_numpy, to_numpy
+from graphopt.subgraphs import SubgraphOperator
 
 if TYPE_CHECKING:
     from graphopt.rewrite.report import Result
@@ -97,6 +98,10 @@ class Graph:
     source: OnnxFile | TorchSource
     notes: tuple[str, ...] = field(default=())
     """What the user should know about how the graph was read."""
+    body: onnx.GraphProto | None = None
+    """Of a body of an operator (a branch of If, ...): the subgraph that it was read from; None for a main graph."""
+    captured: tuple[str, ...] = ()
+    """Names of a body's last inputs, which it takes from the scopes around it."""
 
     @property
     def fx(self) -> fx.Graph:
@@ -176,6 +181,10 @@ class Graph:
         module = fx.GraphModule(self.module, twin, class_name=self.module.__class__.__name__)
         module.meta = dict(self.module.meta)
         module.train(self.module.training)
+        for target in {str(n.target) for n in twin.nodes if n.op == "call_module"}:
+            operator = module.get_submodule(target)
+            if isinstance(operator, SubgraphOperator):
+                module.set_submodule(target, operator.copy())
         return replace(self, module=module)
 
     def lint(self) -> None:

@@ -122,6 +122,8 @@ class ModelParts:
         self.opset = opset
         self.names = names
         self.target = target
+        self.rebuild = False
+        """Put every graph together anew, also those where nothing was rewritten."""
         self.initializers: list[onnx.TensorProto] = []
         self.functions: dict[str, onnx.FunctionProto] = {}
         self.domains: set[str] = set()

@@ -35,7 +35,7 @@ def dialect_node(graph: Graph, node: fx.Node, name_of: Callable[[Any], str], out
         inputs.pop()
     proto = onnx.helper.make_node(entry.name, inputs, list(outputs), name=node.name, domain=entry.domain or None)
     for key, value in node.kwargs.items():
-        if value is None or (key == "outputs" and entry.counted):
+        if value is None or (key == "outputs" and entry.counted) or (key == "types" and entry.typed):
             continue
         proto.attribute.append(_attribute(graph, key.rstrip("_"), value, entry.name))
     return proto

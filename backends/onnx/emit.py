@@ -14,19 +14,22 @@ from graphopt.backends.onnx.builder import Builder, ModelParts, Names, need
 from graphopt.backends.onnx.dialect_nodes import dialect_node
 from graphopt.backends.onnx.table import Call, function_name, lookup
 from graphopt.dialect import operator_of
+from graphopt.dialect.binding import parameter_name
 from graphopt.errors import GraphOptError
 from graphopt.graph import Graph, Origin
 from graphopt.onnxfile.read import graphs
-from graphopt.onnxfile.scopes import rename
+from graphopt.onnxfile.scopes import captured, rename
 from graphopt.onnxfile.tensors import to_tensor_proto
+from graphopt.subgraphs import SubgraphOperator
 
 
-def to_proto(graph: Graph, target: str = "onnx") -> onnx.ModelProto:
+def to_proto(graph: Graph, target: str = "onnx", *, rebuild: bool = False) -> onnx.ModelProto:
     """The ONNX model of a graph that came from ONNX; where nothing was rewritten, the very same model.
 
     Args:
         graph: the graph.
         target: `onnx` for standard operators and model-local functions, `onnxruntime` for contrib operators too.
+        rebuild: put the model together from the graph's nodes even where nothing was rewritten.
 
     Raises:
         GraphOptError: a new node has no ONNX form.
@@ -34,23 +37,36 @@ def to_proto(graph: Graph, target: str = "onnx") -> onnx.ModelProto:
     source = graph.onnx
     if source is None:
         raise GraphOptError("this graph came from an nn.Module; export it with graphopt.backends.onnx.export first")
-    return _Emitter(graph, source.proto, source.opset(), target).run()
+    proto = source.proto
+    parts = ModelParts(source.opset(), Names(set(_all_names(proto))), target)
+    parts.rebuild = rebuild
+    model = onnx.ModelProto()
+    if _Emitter(graph, proto.graph, parts).run(model.graph) is proto.graph:
+        return proto
+    _finish(model, proto, parts)
+    return model
 
 
 class _Emitter:
-    def __init__(self, graph: Graph, proto: onnx.ModelProto, opset: int, target: str) -> None:
+    """Emits one graph: the main one, or the body of an operator."""
+
+    def __init__(
+        self, graph: Graph, proto: onnx.GraphProto, parts: ModelParts, outer: Mapping[str, str] | None = None
+    ) -> None:
+        """Args: graph: what to emit. proto: what it was read from. outer: names, by the old ones, of captured values."""
         self.graph = graph
         self.proto = proto
-        self.parts = ModelParts(opset, Names(set(_all_names(proto))), target)
+        self.parts = parts
+        self.outer = outer or {}
         self.names: dict[fx.Node, str] = {}
         self.nodes: list[onnx.NodeProto] = []
         self.kept: list[int] = []
         self.changed = False
-        self.target = target
         self.taken: set[str] = set()
-        """Names of outputs that another value has now than in the model that was loaded."""
+        """Names of outputs that another value has now than in the graph that was loaded."""
 
-    def run(self) -> onnx.ModelProto:
+    def run(self, into: onnx.GraphProto) -> onnx.GraphProto:
+        """The graph, written to `into`; where nothing was rewritten, the very one that was read."""
         self._name_values()
         for node in self.graph.nodes:
             if node.op == "get_attr":
@@ -58,15 +74,19 @@ class _Emitter:
             elif node.op in ("call_function", "call_module", "call_method"):
                 self._call(node)
         self._outputs()
-        if not self.changed and sorted(self.kept) == list(range(len(self.proto.graph.node))) and self._weights_kept():
+        whole = not self.changed and sorted(self.kept) == list(range(len(self.proto.node))) and self._weights_kept()
+        if whole and not self.parts.rebuild:
             return self.proto
-        return self._assemble()
+        self._assemble(into)
+        return into
 
     def _name_values(self) -> None:
         """ONNX names for values that have one; a new value that is a graph output takes the output's name."""
+        captured = set(self.graph.captured)
         for node in self.graph.nodes:
-            if "onnx_name" in node.meta:
-                self.names[node] = node.meta["onnx_name"]
+            name = node.meta.get("onnx_name")
+            if name is not None:
+                self.names[node] = self.outer.get(name, name) if node.op == "placeholder" and name in captured else name
         for spec, result in zip(self.graph.outputs, self.graph.results, strict=True):
             if self.names.get(result) == spec.name:
                 continue
@@ -104,7 +124,8 @@ class _Emitter:
             return
         origin = node.meta.get("onnx")
         if origin is not None and origin.holds_for(node):
-            self._keep(origin, [self._argument(a) for a in node.args], self._renamed_outputs(node, origin.proto))
+            inputs = [self._argument(a) for a in node.args]
+            self._keep(origin, inputs, self._renamed_outputs(node, origin.proto), self._bodies(node, origin, inputs))
             return
         self.changed = True
         if operator_of(node.target) is not None:  # type: ignore[arg-type]  # a call_function's target is callable
@@ -113,7 +134,7 @@ class _Emitter:
         self._lower(node)
 
     def _lower(self, node: fx.Node) -> None:
-        lowering = lookup(node, self.target)
+        lowering = lookup(node, self.parts.target)
         need(lowering is not None, f"no ONNX form of {function_name(node)!r} is registered (node {node.name})")
         assert lowering is not None
         builder = Builder(self.parts, str(node.meta.get("graphopt_site", "graphopt")))
@@ -150,15 +171,35 @@ class _Emitter:
 
     def _renamed_outputs(self, node: fx.Node, proto: onnx.NodeProto) -> dict[str, str]:
         if len(proto.output) == 1:
-            return {proto.output[0]: self.names[node]}
+            return {proto.output[0]: self._name(node)}
         items = _items(node)
-        renamed = {proto.output[i]: self.names[item] for i, item in items.items() if proto.output[i]}
+        renamed = {proto.output[i]: self._name(item) for i, item in items.items() if proto.output[i]}
         # What nothing reads any more still has to be called something where it may not be left out.
         lost = [name for i, name in enumerate(proto.output) if i not in items and name in self.taken]
         return {**renamed, **{name: self.parts.names.fresh(f"{name}/original") for name in lost}}
 
-    def _keep(self, origin: Origin, inputs: Sequence[str], outputs: Mapping[str, str]) -> None:
-        """Emit a node verbatim, or a copy with those names replaced that changed.
+    def _bodies(self, node: fx.Node, origin: Origin, inputs: Sequence[str]) -> dict[str, onnx.GraphProto]:
+        """The node's bodies, by attribute, as far as they are not what was read."""
+        module = self.graph.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, SubgraphOperator) or module.is_call:
+            return {}
+        outer = dict(zip(origin.captured, inputs[len(origin.proto.input) :], strict=True))
+        found: dict[str, onnx.GraphProto] = {}
+        for name, body in module.bodies.items():
+            assert body.body is not None, "a body remembers what it was read from"
+            emitted = _Emitter(body, body.body, self.parts, outer).run(onnx.GraphProto())
+            if emitted is not body.body:
+                found[name] = emitted
+        return found
+
+    def _keep(
+        self,
+        origin: Origin,
+        inputs: Sequence[str],
+        outputs: Mapping[str, str],
+        bodies: Mapping[str, onnx.GraphProto] | None = None,
+    ) -> None:
+        """Emit a node verbatim, or a copy with that replaced which changed.
 
         Inputs are renamed by position: a pass may have rewired only one of two equal ones.
         """
@@ -167,7 +208,7 @@ class _Emitter:
         moved_in = {old: new for old, new in zip(origin.captured, outer, strict=True) if old != new}
         moved_out = {old: new for old, new in outputs.items() if old != new}
         self.kept.append(origin.index)
-        if direct == list(proto.input) and not moved_in and not moved_out:
+        if direct == list(proto.input) and not moved_in and not moved_out and not bodies:
             self.nodes.append(proto)
             return
         self.changed = True
@@ -176,6 +217,10 @@ class _Emitter:
             twin.input[i] = name
         for i, name in enumerate(twin.output):
             twin.output[i] = moved_out.get(name, name)
+        for attribute in twin.attribute:
+            body = (bodies or {}).get(parameter_name(attribute.name))
+            if body is not None:
+                attribute.g.CopyFrom(body)
         self.nodes.append(twin)
 
     def _outputs(self) -> None:
@@ -191,44 +236,57 @@ class _Emitter:
                 self.nodes.append(node)
 
     def _live_weights(self) -> set[str]:
-        return {n.meta["onnx_name"] for n in self.graph.nodes if n.op == "get_attr" and "onnx_name" in n.meta}
+        """Weights of this graph's own that are in use, in the bodies below it too."""
+        own = {n.meta["onnx_name"] for n in self.graph.nodes if n.op == "get_attr" and "onnx_name" in n.meta}
+        return own.union(*(captured(node) for node in self.nodes))
 
     def _weights_kept(self) -> bool:
         live = self._live_weights()
-        stored = [t.name for t in self.proto.graph.initializer]
-        return all(name in live for name in stored)
+        return all(t.name in live for t in self.proto.initializer)
 
-    def _assemble(self) -> onnx.ModelProto:
-        model = onnx.ModelProto()
-        for descriptor, value in self.proto.ListFields():
-            if descriptor.name != "graph":
-                _set(model, descriptor.name, value)
-        old, new, live = self.proto.graph, model.graph, self._live_weights()
+    def _assemble(self, new: onnx.GraphProto) -> None:
+        old, live = self.proto, self._live_weights()
         for descriptor, value in old.ListFields():
             if descriptor.name not in ("node", "initializer", "sparse_initializer", "value_info", "input"):
                 _set(new, descriptor.name, value)
-        new.node.extend(self.nodes)
+        new.node.extend([*self._revived(live), *self.nodes])
         stored = {t.name for t in old.initializer} | {s.values.name for s in old.sparse_initializer}
         new.initializer.extend(t for t in old.initializer if t.name in live)
         new.sparse_initializer.extend(s for s in old.sparse_initializer if s.values.name in live)
-        new.initializer.extend(self.parts.initializers)
         # Before IR 4 every initialiser also stands among the inputs.
         new.input.extend(i for i in old.input if i.name not in stored or i.name in live)
         # Some files describe values that nothing defines; only what was removed here loses its description.
-        defined = {name for n in self.nodes for name in n.output}
+        defined = {name for n in new.node for name in n.output}
         gone = {name for n in old.node for name in n.output} - defined | (stored - live)
         new.value_info.extend(v for v in old.value_info if v.name not in gone)
-        model.functions.extend(self.parts.functions.values())
-        self._stamp(model)
-        return model
 
-    def _stamp(self, model: onnx.ModelProto) -> None:
-        """Import what was used, and drop no import: other tools look for theirs."""
-        present = {o.domain for o in model.opset_import}
-        for domain in sorted(self.parts.domains - present):
-            model.opset_import.add(domain=domain, version=1)
-        if self.parts.functions:
-            model.ir_version = max(model.ir_version, 8)  # the first IR version with model-local functions
+    def _revived(self, live: set[str]) -> list[onnx.NodeProto]:
+        """Constant nodes that only bodies use: they see them by name, without an edge in this graph."""
+        emitted = {name for node in self.nodes for name in node.output}
+        return [
+            node
+            for node in self.proto.node
+            if node.op_type == "Constant" and not emitted.intersection(node.output) and live.intersection(node.output)
+        ]
+
+
+def _finish(model: onnx.ModelProto, proto: onnx.ModelProto, parts: ModelParts) -> None:
+    """Give the model with the new graph everything else that the old one has."""
+    for descriptor, value in proto.ListFields():
+        if descriptor.name != "graph":
+            _set(model, descriptor.name, value)
+    model.graph.initializer.extend(parts.initializers)
+    model.functions.extend(parts.functions.values())
+    _stamp(model, parts)
+
+
+def _stamp(model: onnx.ModelProto, parts: ModelParts) -> None:
+    """Import what was used, and drop no import: other tools look for theirs."""
+    present = {o.domain for o in model.opset_import}
+    for domain in sorted(parts.domains - present):
+        model.opset_import.add(domain=domain, version=1)
+    if parts.functions:
+        model.ir_version = max(model.ir_version, 8)  # the first IR version with model-local functions
 
 
 def _items(node: fx.Node) -> dict[int, fx.Node]:

@@ -18,7 +18,7 @@ from graphopt.cost.table import Call, Shape, lookup
 from graphopt.dialect import operator_of
 from graphopt.errors import GraphOptError
 from graphopt.graph import Graph
-from graphopt.opaque import OpaqueOperator
+from graphopt.subgraphs import node_proto
 from graphopt.shapes import Shapes, shapes_of
 from graphopt.shapes.observe import evaluate
 
@@ -149,9 +149,8 @@ def kind_of(graph: Graph, node: fx.Node) -> str:
     """What a node is: the key of the FLOP table."""
     if node.op == "call_module":
         module = graph.module.get_submodule(str(node.target))
-        return _onnx_kind(module.proto.domain, module.proto.op_type) if isinstance(module, OpaqueOperator) else (
-            type(module).__qualname__
-        )  # fmt: skip
+        proto = node_proto(module)
+        return type(module).__qualname__ if proto is None else _onnx_kind(proto.domain, proto.op_type)
     target = node.target
     if target is operator.getitem:
         return _GET

@@ -33,6 +33,11 @@ class Operator:
     """Indices of the inputs whose values the function reads, mostly because they decide the output shapes."""
     counted: bool = False
     """The function wants the keyword `outputs`: how many the node declares, trailing holes included."""
+    typed: bool = False
+    """The function takes the keyword `types`: the ONNX element type codes of the inputs, 0 where unknown.
+
+    For operators to which int4 in its int8 carrier is not int8.
+    """
 
 
 _versions: dict[tuple[str, str], list[Operator]] = {}
@@ -40,7 +45,13 @@ _by_function: dict[Callable[..., Any], Operator] = {}
 
 
 def operator(
-    name: str, *, domain: str = "", since: int = 1, values: tuple[int, ...] = (), counted: bool = False
+    name: str,
+    *,
+    domain: str = "",
+    since: int = 1,
+    values: tuple[int, ...] = (),
+    counted: bool = False,
+    typed: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Enter the decorated function into the table.
 
@@ -49,7 +60,7 @@ def operator(
     """
 
     def enter(function: _Function) -> _Function:
-        entry = Operator(_canonical(domain), name, since, function, values, counted)
+        entry = Operator(_canonical(domain), name, since, function, values, counted, typed)
         versions = _versions.setdefault((entry.domain, name), [])
         if function in _by_function or any(other.since == since for other in versions):
             raise ValueError(f"expected one function for {name} since {since}, found another")

@@ -12,7 +12,7 @@ def captured(node: onnx.NodeProto) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for attribute in node.attribute:
         for graph in _graphs(attribute):
-            for name in _free(graph):
+            for name in free(graph):
                 found.setdefault(name)
     return tuple(found)
 
@@ -22,15 +22,16 @@ def _graphs(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
     return own + list(attribute.graphs)
 
 
-def _free(graph: onnx.GraphProto) -> list[str]:
+def free(graph: onnx.GraphProto) -> list[str]:
+    """Names that a body uses but does not define, in order of use, with repetition."""
     defined = {i.name for i in graph.input} | {t.name for t in graph.initializer}
     defined |= {s.values.name for s in graph.sparse_initializer}
     defined |= {name for n in graph.node for name in n.output}
-    free: list[str] = []
+    found: list[str] = []
     for node in graph.node:
-        free += [name for name in (*node.input, *captured(node)) if name and name not in defined]
+        found += [name for name in (*node.input, *captured(node)) if name and name not in defined]
     # A subgraph may return an outer value directly.
-    return free + [o.name for o in graph.output if o.name and o.name not in defined]
+    return found + [o.name for o in graph.output if o.name and o.name not in defined]
 
 
 def rename(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
@@ -46,8 +47,8 @@ def rename(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
 
 
 def _rename_free(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
-    free = set(_free(graph))
-    outer = {old: new for old, new in names.items() if old in free}
+    used = set(free(graph))
+    outer = {old: new for old, new in names.items() if old in used}
     if not outer:
         return
     for i, node in enumerate(graph.node):

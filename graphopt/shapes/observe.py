@@ -18,6 +18,7 @@ from graphopt.shapes.fallback import Fallback, SizeOf
 from graphopt.shapes.shortcuts import shortcut
 from graphopt.shapes.symbols import SymbolTable
 from graphopt.shapes.values import Leaf, Unknown, leaves, strings, tensors
+from graphopt.subgraphs import SubgraphOperator
 
 # A tensor of at most this many elements keeps its values, as it may be part of shape arithmetic.
 SMALL = 1024
@@ -183,6 +184,9 @@ class Evaluator:
         module = self.graph.module.get_submodule(str(node.target))
         if isinstance(module, OpaqueOperator):
             raise NotImplementedError(f"{module.extra_repr()} has no torch function")
+        if isinstance(module, SubgraphOperator):
+            # Where a body mixes these operands with weights, or asks for values, it is tried on real ones instead.
+            raise NotImplementedError(f"{module.extra_repr()} runs its bodies on values")
         state = {name: self._to_meta(x) for name, x in (*module.named_parameters(), *module.named_buffers())}
         args, kwargs = self._all_meta((args, kwargs))
         return torch.func.functional_call(module, state, args, kwargs)

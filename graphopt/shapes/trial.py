@@ -10,8 +10,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from graphopt.dialect.control import at_most
 from graphopt.graph import Graph
 from graphopt.opaque import OpaqueOperator
+from graphopt.subgraphs import node_proto
 
 # Inputs of a trial together stay below this, so that observing shapes never costs more than running the node.
 _MOST_BYTES = 16 << 20
@@ -25,7 +27,7 @@ def callable_of(graph: Graph, node: fx.Node) -> Callable[..., Any] | None:
     """What runs the node on real values: its torch function, else onnxruntime."""
     if node.op == "call_module":
         module = graph.module.get_submodule(str(node.target))
-        return module if isinstance(module, OpaqueOperator) else None
+        return None if node_proto(module) is None else module
     origin = node.meta.get("onnx")
     if origin is None or graph.onnx is None or not origin.holds_for(node):
         return node.target if callable(node.target) else None
@@ -58,7 +60,8 @@ def trials(graph: Graph, node: fx.Node, args: Sequence[Any], kwargs: dict[str, A
             return []
         try:
             # onnxruntime and dialect functions raise whatever they like on values that make no sense.
-            results.append(function(*made, **pytree.tree_map(lambda x, fill=fill: _real(x, fill), kwargs)))
+            with at_most(_MOST_TRIPS):
+                results.append(function(*made, **pytree.tree_map(lambda x, fill=fill: _real(x, fill), kwargs)))
         except Exception:
             continue
     return results

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from graphopt.dialect import operator_of
-from graphopt.opaque import OpaqueOperator
+from graphopt.subgraphs import node_proto
 from graphopt.sites.vocabulary_names import ATEN, FOLDABLE, MICROSOFT, ONNX
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def opaque_proto(node: fx.Node) -> onnx.NodeProto | None:
         proto: onnx.NodeProto = origin.proto
         return proto
     module = node.graph.owning_module.get_submodule(str(node.target))
-    return module.proto if isinstance(module, OpaqueOperator) else None
+    return node_proto(module)
 
 
 def attributes(node: fx.Node) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from graphopt.graph import attribute
+from graphopt.subgraphs import SubgraphOperator
 
 from .dims import static
 from .operators import opaque_proto, pure
@@ -55,13 +56,21 @@ def _key(node: fx.Node, functions: tuple[onnx.FunctionProto, ...]) -> Hashable |
     if not pure(node, functions):
         return None
     proto = opaque_proto(node)
-    target: Any = node.target if proto is None else _anonymous(proto)
+    target: Any = node.target if proto is None else (_anonymous(proto), _edited(node))
     try:
         key = (target, _frozen(node.args), _frozen(_attributes(node)))
         hash(key)
     except TypeError:  # an argument without a hash
         return None
     return key
+
+
+def _edited(node: fx.Node) -> Hashable:
+    """Sets an operator apart whose bodies another pass has changed: its proto no longer says all."""
+    module = node.graph.owning_module
+    assert module is not None
+    operator = module.get_submodule(str(node.target))
+    return id(operator) if isinstance(operator, SubgraphOperator) and operator.edited else None
 
 
 def _is_operand(node: fx.Node) -> bool:

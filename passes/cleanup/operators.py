@@ -13,7 +13,7 @@ from torch import fx
 
 from graphopt.dialect import operator_of
 from graphopt.graph import Graph
-from graphopt.opaque import OpaqueOperator
+from graphopt.subgraphs import node_proto
 
 
 def words(text: str) -> frozenset[str]:
@@ -55,7 +55,7 @@ def opaque_proto(node: fx.Node) -> onnx.NodeProto | None:
     if node.op != "call_module" or node.graph.owning_module is None:
         return None
     module = node.graph.owning_module.get_submodule(str(node.target))
-    return module.proto if isinstance(module, OpaqueOperator) else None
+    return node_proto(module)
 
 
 def mutates(node: fx.Node) -> bool:
@@ -75,7 +75,7 @@ def pure(node: fx.Node, functions: Iterable[onnx.FunctionProto] = ()) -> bool:
     proto = opaque_proto(node)
     if proto is not None:
         return not _draws([proto], {(f.domain, f.name): f for f in functions}, set())
-    if node.op != "call_function" or _draws_in_training(node):
+    if node.op != "call_function" or _is_random(node):
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         # These update running statistics in training, whatever their schema says.
@@ -91,9 +91,12 @@ def _seeded(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in tags
 
 
-def _draws_in_training(node: fx.Node) -> bool:
-    """Dropout is the one dialect function that may be random: then onnxruntime runs it."""
-    return operation(node) == "Dropout" and len(node.args) > 2 and node.args[2] is not None
+def _is_random(node: fx.Node) -> bool:
+    """Whether a dialect function draws; Dropout does in training only."""
+    name = operation(node)
+    if name == "Dropout":
+        return len(node.args) > 2 and node.args[2] is not None
+    return node.op == "call_function" and any(word in name for word in _DRAWS)
 
 
 def _draws(nodes: Iterable[onnx.NodeProto], functions: dict[Any, onnx.FunctionProto], seen: set[Any]) -> bool:
@@ -125,7 +128,7 @@ def random_downstream(graph: Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
         opaque = opaque_proto(node) is not None and not pure(node, functions)
-        drawn = opaque or _seeded(node) or _draws_in_training(node)
+        drawn = opaque or _seeded(node) or _is_random(node)
         if drawn or any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found

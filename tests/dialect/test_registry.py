@@ -44,7 +44,10 @@ def test_function_is_importable_and_leads_back(entry: Operator) -> None:
     module = importlib.import_module(entry.function.__module__)
     assert getattr(module, entry.function.__qualname__) is entry.function
     assert operator_of(entry.function) is entry
-    assert ("outputs" in inspect.signature(entry.function).parameters) == entry.counted
+    parameters = inspect.signature(entry.function).parameters
+    assert ("outputs" in parameters) == entry.counted
+    assert ("types" in parameters) == entry.typed
+    assert not entry.typed or parameters["types"].default == ()
 
 
 def test_a_second_function_is_refused() -> None:
@@ -70,6 +73,7 @@ def test_keywords_are_the_standard_attributes_and_defaults(entry: Operator) -> N
     parameters = inspect.signature(entry.function).parameters.values()
     keywords = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     keywords.pop("outputs", None)
+    keywords.pop("types", None)
     for name, attribute in schema_of(entry).attributes.items():
         if name not in keywords:
             continue

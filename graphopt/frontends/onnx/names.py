@@ -1,0 +1,48 @@
+"""ONNX names as Python identifiers and as names of module attributes."""
+
+from __future__ import annotations
+
+import keyword
+import re
+
+import torch
+
+# Attributes that every module has; a weight of such a name would hide one.
+_RESERVED = frozenset(dir(torch.nn.Module())) | frozenset(dir(torch.fx.GraphModule))
+# fx writes a weight's name into Python source, between quotes where it is no identifier.
+_PLAIN = re.compile(r"[\w:/ \-\[\]();,=+@#$%&~]+")
+# A name may be as long as a file; what is made from it need not be.
+_LONGEST = 200
+
+
+def identifier(name: str) -> str:
+    """A readable Python identifier for an ONNX name; fx makes it unique."""
+    text = "".join(c if c.isascii() and c.isalnum() else "_" for c in name[:_LONGEST]).strip("_") or "value"
+    return f"v{text}" if text[0].isdigit() else text
+
+
+class AttributeNames:
+    """Hands out the dotted names under which a module stores its weights."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._prefixes: set[str] = set()
+
+    def claim(self, name: str) -> str:
+        """The weight's own dotted name where torch can hold it, else a flat one."""
+        parts = name.split(".")
+        prefixes = {".".join(parts[:i]) for i in range(1, len(parts))}
+        held = len(name) <= _LONGEST and all(_plain(p) for p in parts)
+        clash = prefixes & self._taken or name in self._prefixes
+        target = name if held and not clash else f"weight_{identifier(name)}"
+        stem, count = target, 0
+        while target in self._taken or target in self._prefixes:
+            count += 1
+            target = f"{stem}_{count}"
+        self._taken.add(target)
+        self._prefixes |= prefixes if target == name else set()
+        return target
+
+
+def _plain(part: str) -> bool:
+    return bool(_PLAIN.fullmatch(part)) and part not in _RESERVED and not keyword.iskeyword(part)

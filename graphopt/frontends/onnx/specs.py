@@ -1,0 +1,29 @@
+"""What an ONNX graph declares of its inputs and outputs."""
+
+from __future__ import annotations
+
+import onnx
+import torch
+
+from graphopt.graph import Dim, ValueSpec
+from graphopt.onnxfile.tensors import TORCH_DTYPES
+
+
+def value_spec(value: onnx.ValueInfoProto) -> ValueSpec:
+    """Name, element type and shape of an input or output."""
+    if value.type.WhichOneof("value") != "tensor_type":
+        return ValueSpec(value.name, value.type.WhichOneof("value"), None)
+    tensor = value.type.tensor_type
+    dtype: torch.dtype | str | None = TORCH_DTYPES.get(tensor.elem_type)
+    if dtype is None and tensor.elem_type in onnx.TensorProto.DataType.values():
+        dtype = onnx.TensorProto.DataType.Name(tensor.elem_type).lower() if tensor.elem_type else None
+    if not tensor.HasField("shape"):
+        return ValueSpec(value.name, dtype, None)
+    return ValueSpec(value.name, dtype, tuple(_dim(d) for d in tensor.shape.dim))
+
+
+def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
+    which = dim.WhichOneof("value")
+    if which == "dim_value":
+        return int(dim.dim_value) if dim.dim_value >= 0 else None  # some exporters write -1 for unknown
+    return dim.dim_param or None if which == "dim_param" else None
