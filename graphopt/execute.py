@@ -15,15 +15,17 @@ if TYPE_CHECKING:
     from graphopt.graph import Graph
 
 Observer = Callable[[fx.Node, Any], None]
+Enter = Callable[["Graph", Sequence[Any]], None]
 
 
 class GraphInterpreter(fx.Interpreter):
-    """Interprets an fx graph and reports each node's value to an observer."""
+    """Interprets an fx graph and reports each node's value to an observer, and each call of a body to another."""
 
-    def __init__(self, graph: Graph, observe: Observer | None = None) -> None:
+    def __init__(self, graph: Graph, observe: Observer | None = None, enter: Enter | None = None) -> None:
         super().__init__(graph.module, garbage_collect_values=True)
         self._graph = graph
         self._observe = observe
+        self._enter = enter
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; an operator that its torch function does not cover runs on onnxruntime."""
@@ -39,8 +41,13 @@ class GraphInterpreter(fx.Interpreter):
         """Run a module; the nodes inside an operator's bodies are interpreted like all others."""
         module = self.fetch_attr(target)
         if isinstance(module, SubgraphOperator):
-            return module.evaluate(args, lambda body, values: execute(body, values, self._observe))
+            return module.evaluate(args, self._run_body)
         return module(*args, **kwargs)
+
+    def _run_body(self, body: Graph, values: Sequence[Any]) -> tuple[Any, ...]:
+        if self._enter is not None:
+            self._enter(body, values)
+        return execute(body, values, self._observe, self._enter)
 
     def _on_onnxruntime(self, n: fx.Node) -> Any:
         origin, source = n.meta.get("onnx"), self._graph.onnx
@@ -51,20 +58,23 @@ class GraphInterpreter(fx.Interpreter):
         return operator(*args)
 
 
-def execute(graph: Graph, values: Sequence[Any], observe: Observer | None = None) -> tuple[Any, ...]:
+def execute(
+    graph: Graph, values: Sequence[Any], observe: Observer | None = None, enter: Enter | None = None
+) -> tuple[Any, ...]:
     """Run `graph` on flat values and return its outputs flat.
 
     Args:
         graph: what to run.
         values: one per input, in order.
-        observe: called with each node and its value, right after the node ran.
+        observe: called with each node and its value, right after the node ran; with those in bodies too.
+        enter: called with each body and the values that it is run on.
 
     Raises:
         GraphOptError: the number of values differs from the number of inputs.
     """
     if len(values) != len(graph.inputs):
         raise GraphOptError(f"expected {len(graph.inputs)} inputs, got {len(values)}")
-    result = GraphInterpreter(graph, observe).run(*values, enable_io_processing=False)
+    result = GraphInterpreter(graph, observe, enter).run(*values, enable_io_processing=False)
     flat: list[Any] = []
 
     def collect(item: Any) -> None:

@@ -8,16 +8,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import onnx
 import torch
+from onnx import GraphProto, NodeProto
 from torch import fx
 from torch.fx import Node
 
+# Writes and compiles a graph's Python code when it is first called, which loading and rewriting never do: that is a
+# third of the time to load a model.
+from torch.fx._lazy_graph_module import _LazyGraphModule
+
 from graphopt.errors import GraphOptError
+from graphopt.feeds import check_value as check_value
+from graphopt.feeds import from_feed
 from graphopt.onnxfile import OnnxFile
-from graphopt.onnxfile.tensors import from_numpy, to_numpy
+from graphopt.onnxfile.tensors import element_type, to_numpy
 from graphopt.subgraphs import SubgraphOperator
+
+GraphModule = _LazyGraphModule
 
 if TYPE_CHECKING:
     from graphopt.rewrite.report import Result
@@ -48,7 +55,7 @@ class Origin:
     `proto` (with inputs renamed where they come from new producers).
     """
 
-    proto: onnx.NodeProto
+    proto: NodeProto
     index: int
     target: Any
     kwargs: Mapping[str, Any]
@@ -98,7 +105,7 @@ class Graph:
     source: OnnxFile | TorchSource
     notes: tuple[str, ...] = field(default=())
     """What the user should know about how the graph was read."""
-    body: onnx.GraphProto | None = None
+    body: GraphProto | None = None
     """Of a body of an operator (a branch of If, ...): the subgraph that it was read from; None for a main graph."""
     captured: tuple[str, ...] = ()
     """Names of a body's last inputs, which it takes from the scopes around it."""
@@ -117,6 +124,13 @@ class Graph:
     def onnx(self) -> OnnxFile | None:
         """The ONNX file behind the graph, if there is one."""
         return self.source if isinstance(self.source, OnnxFile) else None
+
+    @property
+    def proto(self) -> GraphProto | None:
+        """The ONNX graph that this one was read from: of a body, the subgraph."""
+        if self.body is not None:
+            return self.body
+        return None if self.onnx is None else self.onnx.proto.graph
 
     @property
     def placeholders(self) -> tuple[Node, ...]:
@@ -141,13 +155,17 @@ class Graph:
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run on arrays by input name and return arrays by output name.
 
+        Types that numpy lacks are those of ml_dtypes; those of fewer than 8 bits are also taken as int8, uint8 or
+        float8_e4m3fn. Text is an object array of `str`, a sequence a list, an empty optional None.
+
         Raises:
             GraphOptError: an input is missing, unknown, or has the wrong type or rank.
         """
-        values = [from_numpy(v) if isinstance(v, np.ndarray) else v for v in self.ordered(feeds)]
+        values = [from_feed(v) for v in self.ordered(feeds)]
         with torch.no_grad():
             results = self.execute(*values)
-        return {spec.name: to_numpy(value) for spec, value in zip(self.outputs, results, strict=True)}
+        named = zip(self.outputs, results, strict=True)
+        return {spec.name: to_numpy(value, element_type(spec.dtype)) for spec, value in named}
 
     def ordered(self, feeds: Mapping[str, Any]) -> list[Any]:
         """The feeds in input order, checked against the interface.
@@ -178,7 +196,7 @@ class Graph:
         node = twin.output(result)
         node.meta = dict(output.meta)
         twin.set_codegen(copy.deepcopy(self.fx._codegen))
-        module = fx.GraphModule(self.module, twin, class_name=self.module.__class__.__name__)
+        module = GraphModule(self.module, twin, class_name=self.module.__class__.__name__)
         module.meta = dict(self.module.meta)
         module.train(self.module.training)
         for target in {str(n.target) for n in twin.nodes if n.op == "call_module"}:
@@ -208,16 +226,16 @@ class Graph:
         return apply(self, passes, calibration=calibration, seed=seed, **options)
 
     def sites(self, kind: str) -> list[Site]:
-        """What there is to rewrite of `kind` (`attention`, `softmax`, `mlp`, `linear`, `norm`)."""
-        from graphopt.sites import find
+        """What there is to rewrite of `kind` (`attention`, `softmax`, `mlp`, `linear`, `norm`), in bodies too."""
+        from graphopt.sites import find_everywhere
 
-        return list(find(self, kind).sites)
+        return list(find_everywhere(self, kind).sites)
 
     def refusals(self, kind: str) -> list[Refusal]:
         """What looked like a site of `kind` and is none, each with the reason."""
-        from graphopt.sites import find
+        from graphopt.sites import find_everywhere
 
-        return list(find(self, kind).refusals)
+        return list(find_everywhere(self, kind).refusals)
 
     def save(self, path: str | Path, *, target: str = "onnx", **options: Any) -> None:
         """Lower to `target` (`onnx`, `onnxruntime`, ...) and write the file atomically."""
@@ -288,23 +306,3 @@ def fresh_attribute(module: torch.nn.Module, stem: str) -> str:
             return name
         count += 1
         name = f"{stem}_{count}"
-
-
-def check_value(spec: ValueSpec, value: Any) -> None:
-    """Check a fed value against the declared type, rank and static sizes.
-
-    Raises:
-        GraphOptError: naming what was expected and what was given.
-    """
-    shape = getattr(value, "shape", None)
-    if shape is None or spec.shape is None:
-        return
-    dtype = from_numpy(np.empty(0, value.dtype)) if isinstance(value, np.ndarray) else value
-    found = getattr(dtype, "dtype", None)
-    if isinstance(spec.dtype, torch.dtype) and isinstance(found, torch.dtype) and found != spec.dtype:
-        raise GraphOptError(f"expected input {spec}, but the given array is {str(found).removeprefix('torch.')}")
-    fits = len(shape) == len(spec.shape) and all(
-        not isinstance(want, int) or int(got) == want for want, got in zip(spec.shape, shape, strict=True)
-    )
-    if not fits:
-        raise GraphOptError(f"expected input {spec}, but the given array has shape {list(shape)}")

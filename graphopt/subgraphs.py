@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,10 @@ class SubgraphOperator(torch.nn.Module):
         self._register({name: body})
         self.edited = True
 
+    def redescribe(self, name: str, body: Graph) -> None:
+        """Put in the same body with better known types and shapes of its inputs."""
+        self._bodies = {**self.bodies, name: body}
+
     def extra_repr(self) -> str:
         """What a printed module shows."""
         return f"{self.proto.domain or 'ai.onnx'}::{self.proto.op_type}"
@@ -155,3 +159,10 @@ def bodies_of(graph: Graph) -> list[tuple[SubgraphOperator, str, Graph]]:
         if isinstance(module, SubgraphOperator) and not module.is_call:
             found += [(module, name, body) for name, body in module.bodies.items()]
     return found
+
+
+def walk(graph: Graph) -> Iterator[Graph]:
+    """The graph, and the bodies of its control flow nodes at any depth."""
+    yield graph
+    for _, _, body in bodies_of(graph):
+        yield from walk(body)

@@ -53,7 +53,7 @@ class _Emitter:
     def __init__(
         self, graph: Graph, proto: onnx.GraphProto, parts: ModelParts, outer: Mapping[str, str] | None = None
     ) -> None:
-        """Args: graph: what to emit. proto: what it was read from. outer: names, by the old ones, of captured values."""
+        """Args: graph: what to emit. proto: what it was read from. outer: new names of captured values by old ones."""
         self.graph = graph
         self.proto = proto
         self.parts = parts
@@ -208,6 +208,8 @@ class _Emitter:
         moved_in = {old: new for old, new in zip(origin.captured, outer, strict=True) if old != new}
         moved_out = {old: new for old, new in outputs.items() if old != new}
         self.kept.append(origin.index)
+        if origin.index < 0 and proto.domain not in ("", "ai.onnx"):
+            self.parts.require(proto.domain)  # it came from a body that may import more than the model
         if direct == list(proto.input) and not moved_in and not moved_out and not bodies:
             self.nodes.append(proto)
             return

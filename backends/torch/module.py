@@ -12,6 +12,7 @@ from torch import fx, nn
 from graphopt.errors import GraphOptError
 from graphopt.frontends.torch import ModuleSource
 from graphopt.graph import Graph, ValueSpec, attribute, check_value, set_attribute
+from graphopt.subgraphs import SubgraphOperator
 
 
 class Convention(Protocol):
@@ -151,12 +152,29 @@ def _share_state(graph: Graph, module: LoweredModule, held: list[tuple[str, fx.N
             if id(value) not in shared:
                 shared[id(value)] = nn.Parameter(value.detach(), _trainable(source, target, node, value))
             placed[target] = value = shared[id(value)]
+        elif isinstance(value, SubgraphOperator):
+            value = _with_shared_weights(value, shared)
         _place(module, target, value, persistent=source is None or target not in source.transient)
     for names in source.tied if source else ():
         present = next((placed[name] for name in names if name in placed), None)
         for name in names:
             if present is not None and name not in placed:
                 _place(module, name, present)
+
+
+def _with_shared_weights(operator: SubgraphOperator, shared: dict[int, nn.Parameter]) -> SubgraphOperator:
+    """An operator whose bodies use the module's parameters, so that they are trained with it."""
+    twin = operator.copy()
+    for body in twin.bodies.values():
+        for node in body.nodes:
+            value = attribute(body.module, str(node.target)) if node.op in ("get_attr", "call_module") else None
+            if isinstance(value, SubgraphOperator):
+                body.module.set_submodule(str(node.target), _with_shared_weights(value, shared))
+            elif isinstance(value, nn.Parameter):
+                if id(value) not in shared:
+                    shared[id(value)] = nn.Parameter(value.detach(), _trainable(None, str(node.target), node, value))
+                set_attribute(body.module, str(node.target), shared[id(value)])
+    return twin
 
 
 def _trainable(source: ModuleSource | None, target: str, node: fx.Node, value: nn.Parameter) -> bool:

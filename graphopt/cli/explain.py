@@ -71,7 +71,13 @@ def explain(
 
 def explained(item: SitePass, graph: Graph) -> list[dict[str, Any]]:
     """Every candidate with its status; `covers` holds the fx nodes and is left out of the JSON."""
-    findings = item.find(graph)
+    from graphopt.shapes.captured import describe_captured
+    from graphopt.sites import Findings
+    from graphopt.subgraphs import walk
+
+    describe_captured(graph)
+    found = [item.find(level) for level in walk(graph)]
+    findings = Findings(tuple(s for f in found for s in f.sites), tuple(r for f in found for r in f.refusals))
     rows: list[dict[str, Any]] = []
     for site in findings.sites:
         reason = item.check(site)

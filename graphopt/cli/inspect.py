@@ -142,10 +142,10 @@ def _runnable(proto: onnx.NodeProto, functions: set[tuple[str, str]]) -> bool:
 
 
 def _sites(graph: Graph, kind: str) -> dict[str, Any]:
-    from graphopt.sites import find
+    from graphopt.sites import find_everywhere
 
     try:
-        findings = find(graph, kind)
+        findings = find_everywhere(graph, kind)
     except ModuleNotFoundError:
         return {"unavailable": f"graphopt has no finder for {kind} sites"}
     except Exception as error:  # one finder's failure is no reason to hide the rest of the file

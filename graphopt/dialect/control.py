@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ def _check(trip: int) -> None:
 
 
 @operator("If", values=(0,))
-def If(cond: Tensor, *, then_branch: Callable[..., tuple[Any, ...]], else_branch: Callable[..., tuple[Any, ...]]) -> Any:
+def If(cond: Tensor, *, then_branch: Body, else_branch: Body) -> Any:
     """Run one of two bodies and return its outputs."""
     return _results((then_branch if bool(cond.reshape(())) else else_branch)())
 
@@ -167,7 +167,7 @@ def _scan(
 ) -> list[Tensor]:
     lengths = {x.shape[axis] for x, axis in zip(scans, axes, strict=True)}
     if len(lengths) > 1:
-        raise GraphOptError(f"expected scan inputs of one length, found {sorted(lengths)}; check the shapes of the feeds")
+        raise GraphOptError(f"expected scan inputs of one length, found {sorted(lengths)}; check the fed shapes")
     kept = list(states)
     scanned: list[list[Tensor]] = [[] for _ in range(len(body.outputs) - len(kept))]
     length = lengths.pop() if lengths else 0

@@ -11,6 +11,7 @@ from graphopt.calibration import Calibration, calibration_for
 from graphopt.errors import CheckFailed
 from graphopt.graph import Graph
 from graphopt.rewrite.base import Equivalence, Pass
+from graphopt.rewrite.bodies import check_names, run_everywhere
 from graphopt.rewrite.context import Context, Track, _silent
 from graphopt.rewrite.options import parse_all, spell
 from graphopt.rewrite.report import PassReport, Report, Result
@@ -63,7 +64,8 @@ def apply(
     for item in items:
         context = Context(data, seed, fit_steps, only, track)
         started = time.perf_counter()
-        current, sites = item.run(current, context)
+        check_names(item, current, only)
+        current, sites = run_everywhere(item, current, context)
         current.lint()
         report.passes.append(
             PassReport(

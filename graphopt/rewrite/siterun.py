@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graphopt.errors import GraphOptError
 from graphopt.rewrite.base import Equivalence, SitePass, Tolerance, site_name
 from graphopt.rewrite.context import Context, Replacement
 from graphopt.rewrite.report import SiteReport, Status
@@ -20,15 +19,11 @@ if TYPE_CHECKING:
 
 
 def run(item: SitePass, graph: Graph, context: Context) -> tuple[Graph, Sequence[SiteReport]]:
-    """Apply a site pass to a copy of `graph`.
-
-    Raises:
-        GraphOptError: `context.only` names a site that does not exist.
-    """
+    """Apply a site pass to a copy of `graph`."""
     student = graph.copy()
     findings = item.find(student)
     reports = [SiteReport(r.node, r.kind, "refused", r.reason) for r in findings.refusals]
-    sites = _chosen(findings.sites, context.only)
+    sites = [site for site in findings.sites if not context.only or site.name in context.only]
     accepted = []
     for site in sites:
         reason = item.check(site)
@@ -69,14 +64,6 @@ def run(item: SitePass, graph: Graph, context: Context) -> tuple[Graph, Sequence
         replacement.module.requires_grad_(False)
     student.lint()
     return student, reports
-
-
-def _chosen(sites: Sequence[Any], only: Sequence[str]) -> list[Any]:
-    unknown = set(only) - {site.name for site in sites}
-    if unknown:
-        names = ", ".join(site.name for site in sites) or "none"
-        raise GraphOptError(f"no site is called {sorted(unknown)[0]!r}; there are {names}")
-    return [site for site in sites if not only or site.name in only]
 
 
 def _build(item: SitePass, graph: Graph, sites: Sequence[Site], context: Context) -> list[Replacement]:

@@ -54,12 +54,13 @@ class Declared:
 
     @functools.cached_property
     def _by_name(self) -> dict[str, DeclaredValue]:
-        source = self._graph.onnx
+        source, proto = self._graph.onnx, self._graph.proto
         assert source is not None
+        assert proto is not None
         # A recorded shape may be older than the interface that somebody edited later: inference goes first.
-        recorded = [*source.proto.graph.value_info, *source.proto.graph.output]
+        recorded = [*proto.value_info, *proto.output]
         table = {v.name: value for v in recorded if (value := _declared(v)) is not None}
-        for info in _infer(source.proto):
+        for info in _infer(source.proto) if self._graph.body is None else ():
             value = _declared(info)
             if value is not None and _openness(value) <= _openness(table.get(info.name)):
                 table[info.name] = value

@@ -19,6 +19,7 @@ from graphopt.sites.base import (
     Site,
     SoftmaxSite,
 )
+from graphopt.subgraphs import walk
 
 if TYPE_CHECKING:
     from graphopt.graph import Graph
@@ -38,6 +39,15 @@ def find(graph: Graph, kind: str) -> Findings:
     return findings
 
 
+def find_everywhere(graph: Graph, kind: str) -> Findings:
+    """As `find`, in the bodies of loops and branches too."""
+    from graphopt.shapes.captured import describe_captured
+
+    describe_captured(graph)
+    found = [find(level, kind) for level in walk(graph)]
+    return Findings(tuple(s for f in found for s in f.sites), tuple(r for f in found for r in f.refusals))
+
+
 __all__ = [
     "KINDS",
     "AttentionSite",
@@ -52,4 +62,5 @@ __all__ = [
     "Site",
     "SoftmaxSite",
     "find",
+    "find_everywhere",
 ]

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from graphopt.dialect import operator_of
-from graphopt.subgraphs import node_proto
 from graphopt.sites.vocabulary_names import ATEN, FOLDABLE, MICROSOFT, ONNX
+from graphopt.subgraphs import node_proto
 
 if TYPE_CHECKING:
     from graphopt.graph import Graph

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from graphopt.onnxfile.scopes import captured
-from graphopt.onnxfile.tensors import TensorReader
+from graphopt.rewrite.inlining import obstacle, take_name
+from graphopt.subgraphs import SubgraphOperator
 
 from .dims import broadcast
 from .layout import producer, source
-from .operators import opaque_proto, operation
+from .operators import operation
 from .workspace import Workspace
 
 Test = Callable[[torch.Tensor], bool]
@@ -115,25 +115,18 @@ def decided_where(w: Workspace, node: fx.Node) -> fx.Node | None:
 
 
 def decided_if(w: Workspace, node: fx.Node) -> fx.Node | None:
-    """If with a constant condition whose branch hands on an outer value or a constant of its own."""
+    """If with a constant condition: the nodes of the branch that runs."""
     call, index = (source(node), int(node.args[1])) if operation(node) == "getitem" else (node, 0)  # type: ignore[arg-type]  # an index
-    proto, condition = opaque_proto(call), w.constant(call.args[0])
-    if proto is None or condition is None or condition.numel() != 1 or w.graph.onnx is None:
+    operator, condition = w.module.get_submodule(str(call.target)), w.constant(call.args[0])
+    if not isinstance(operator, SubgraphOperator) or condition is None or condition.numel() != 1:
         return None
-    wanted = "then_branch" if bool(condition) else "else_branch"
-    branch = next(a.g for a in proto.attribute if a.name == wanted)
-    name = branch.output[index].name
-    producers = {n.output[0]: n for n in branch.node if n.output}
-    while name in producers and producers[name].op_type == "Identity":
-        name = producers[name].input[0]
-    outer = dict(zip(captured(proto), call.args[len(proto.input) :], strict=True))
-    if name in outer:
-        taken = outer[name]
-        return taken if isinstance(taken, fx.Node) else None
-    tensors = {t.name: t for t in branch.initializer}
-    if name in producers and producers[name].op_type == "Constant":
-        tensors.update((name, a.t) for a in producers[name].attribute if a.HasField("t"))
-    if name not in tensors:
+    branch = operator.bodies["then_branch" if bool(condition) else "else_branch"]
+    if obstacle(branch) is not None:
         return None
-    value = TensorReader(w.graph.onnx.folder).value(tensors[name])
-    return w.weight(node, value) if isinstance(value, torch.Tensor) and node not in w.results else None
+    outer = dict(zip(operator.captured, call.args[len(operator.proto.input) :], strict=True))
+    taken = w.inlined(call, branch, [outer[spec.name] for spec in branch.inputs])[index]
+    if not isinstance(taken, fx.Node):
+        return None
+    if w.made_by_inlining(taken):
+        take_name(node, taken)
+    return taken

@@ -11,6 +11,7 @@ from torch import fx
 
 from graphopt.dialect import Operator, operator_of
 from graphopt.graph import Graph, attribute
+from graphopt.onnxfile.read import graphs
 from graphopt.onnxfile.tensors import TORCH_DTYPES
 
 from .dims import Dim, Shape, plain, static, symbol
@@ -127,9 +128,11 @@ class Facts:
             spec = self._specs[node]
             dtype = spec.dtype if isinstance(spec.dtype, torch.dtype) else None
             # A name that two inputs share need not be one size: no runtime checks that.
-            dims = None if spec.shape is None else enumerate(spec.shape)
-            shape = dims and tuple(d if isinstance(d, int) and d >= 0 else symbol(f"{node.name}#{i}") for i, d in dims)
-            return Fact(dtype, None if spec.shape is None else shape or ())
+            # The sizes that a body declares are checked by nobody, and a state may change its size from trip to trip.
+            if spec.shape is None:
+                return Fact(dtype, None)
+            sizes = (d if self.graph.body is None and isinstance(d, int) and d >= 0 else None for d in spec.shape)
+            return Fact(dtype, tuple(symbol(f"{node.name}#{i}") if d is None else d for i, d in enumerate(sizes)))
         if operation(node) == "getitem":
             whole, index = node.args
             parts = self[whole].parts if isinstance(whole, fx.Node) else ()
@@ -235,7 +238,8 @@ def _ours(node: fx.Node) -> bool:
 
 
 def _overridable(graph: Graph) -> frozenset[str]:
-    if graph.onnx is None or graph.onnx.proto.ir_version < _IR_OF_DEFAULTS:
+    # Of a body nothing can be fed from outside.
+    if graph.onnx is None or graph.body is not None or graph.onnx.proto.ir_version < _IR_OF_DEFAULTS:
         return frozenset()
     proto = graph.onnx.proto.graph
     stored = {t.name for t in proto.initializer} | {s.values.name for s in proto.sparse_initializer}
@@ -246,10 +250,12 @@ def _packed(graph: Graph) -> frozenset[str]:
     """ONNX names of weights of 2- and 4-bit types, which torch holds in a wider one."""
     if graph.onnx is None:
         return frozenset()
-    proto = graph.onnx.proto.graph
-    found = {t.name for t in proto.initializer if t.data_type not in TORCH_DTYPES}
-    for node in proto.node:
-        packed = any(a.HasField("t") and a.t.data_type not in TORCH_DTYPES for a in node.attribute)
-        if node.op_type == "Constant" and packed:
-            found.update(node.output)
+    found: set[str] = set()
+    # A body sees the weights of the scopes around it.
+    for proto in graphs(graph.onnx.proto):
+        found.update(t.name for t in proto.initializer if t.data_type not in TORCH_DTYPES)
+        for node in proto.node:
+            packed = any(a.HasField("t") and a.t.data_type not in TORCH_DTYPES for a in node.attribute)
+            if node.op_type == "Constant" and packed:
+                found.update(node.output)
     return frozenset(found)

@@ -17,7 +17,7 @@ from graphopt.dialect.dtypes import dtype_of
 from graphopt.graph import attribute
 
 from .dims import product, static
-from .operators import operation, words
+from .operators import operation, pure, words
 
 if TYPE_CHECKING:
     from .facts import Fact, Facts, View
@@ -63,6 +63,8 @@ class Folder:
         """The value of a call of a dialect function, if its operands are constant and it may be folded."""
         operands = [view.argument(i).value for i in range(len(view.node.args)) if view.has(i)]
         if any(v is None for v in operands) or view.name in _NEVER or operation(view.node) != view.name:
+            return None
+        if not pure(view.node):
             return None
         values = [v for v in operands if v is not None]
         reason = self._refusal(view, fact, values)

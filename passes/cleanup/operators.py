@@ -13,7 +13,7 @@ from torch import fx
 
 from graphopt.dialect import operator_of
 from graphopt.graph import Graph
-from graphopt.subgraphs import node_proto
+from graphopt.subgraphs import SubgraphOperator, node_proto
 
 
 def words(text: str) -> frozenset[str]:
@@ -27,13 +27,15 @@ _KNOWN_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 
 
 def operation(node: fx.Node) -> str:
-    """`Reshape`, `com.microsoft::Gelu`, `aten.view.default`, `opaque If`, `getitem`; else the kind of fx node."""
+    """`Reshape`, `com.microsoft::Gelu`, `aten.view.default`, `If`, `opaque Foo`, `getitem`; else the fx node's kind."""
     if node.op == "call_function":
         return _function_name(node.target)
     proto = opaque_proto(node)
-    if proto is None:
+    if proto is None or node.graph.owning_module is None:
         return node.op
-    return f"opaque {_qualified(proto.domain, proto.op_type)}"
+    name = _qualified(proto.domain, proto.op_type)
+    known = isinstance(node.graph.owning_module.get_submodule(str(node.target)), SubgraphOperator)
+    return name if known else f"opaque {name}"
 
 
 @functools.cache

@@ -93,8 +93,8 @@ RULES: tuple[Rule, ...] = (
          "fixed points", algebra.idempotent),
     Rule("where-constant", ("Where",), "Where(true, x, y), Where(false, y, x), Where(c, x, x)", "x",
          "selection copies bits; x has the result's shape already", algebra.decided_where),
-    Rule("if-constant", ("opaque If",), "If(constant) whose branch returns an outer value or its own constant",
-         "that value", "the branch that runs is known, and computes nothing", algebra.decided_if, every_output=True),
+    Rule("if-constant", ("If",), "If(constant)", "the nodes of the branch",
+         "the branch that runs is known", algebra.decided_if, every_output=True),
     # Shape arithmetic: integers only.
     Rule("shape-of-same", ("Shape", "Size"), "Shape(f(x)) where f keeps the shape", "Shape(x)",
          "the two shapes are equal for all inputs", shape_rules.shape_of_same),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import fx
 
 from graphopt.dialect import lookup, operator_of
 from graphopt.graph import Graph, attribute, fresh_attribute, set_attribute
+from graphopt.rewrite.inlining import inline
 from graphopt.sites.vocabulary import name_of
 
 from .dims import Shape
@@ -61,6 +62,8 @@ class Workspace:
         self._forward: dict[fx.Node, fx.Node] = {}
         self._fresh: set[fx.Node] = set()
         self._made: set[fx.Node] = set()
+        self._from_body: set[fx.Node] = set()
+        self._inlined: dict[fx.Node, list[Any]] = {}
         self._stored: dict[Any, str] = {}
         self._kept: frozenset[fx.Node] = frozenset()
         self.results = frozenset(self.graph.results)
@@ -71,6 +74,7 @@ class Workspace:
     def forget(self) -> None:
         """Drop all facts: they are inferred anew from the graph as it is now, just as a second run would."""
         self.folder.refusals.clear()
+        self._inlined.clear()
         self.facts = Facts(self.graph, self.folder)
 
     def fact(self, value: Any) -> Fact:
@@ -124,6 +128,20 @@ class Workspace:
         self._made.add(node)
         self.facts.learn(node)
         return node
+
+    def inlined(self, at: fx.Node, body: Graph, values: Sequence[Any]) -> list[Any]:
+        """The results of a body whose nodes now stand in front of `at`; once per round, however often it is asked."""
+        if at not in self._inlined:
+            self._inlined[at], new = inline(self.graph, at, body, values)
+            for node in new:
+                self.facts.learn(node)
+            self._fresh.update(new)
+            self._from_body.update(new)
+        return self._inlined[at]
+
+    def made_by_inlining(self, node: fx.Node) -> bool:
+        """Whether the node came out of a body."""
+        return node in self._from_body
 
     def weight(self, at: fx.Node, value: torch.Tensor) -> fx.Node:
         """A constant in front of `at`; equal ones are stored once."""

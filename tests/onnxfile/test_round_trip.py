@@ -1,4 +1,4 @@
-"""load + save of real models: the same graph, field by field, and the same outputs."""
+"""load + save of models that others do not keep; tests/conformance does the same with real ones."""
 
 import numpy as np
 import onnx
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import graphopt
-from graphopt.backends.onnx.emit import to_proto
 
 
 def run(path, feeds):
@@ -17,41 +16,8 @@ def run(path, feeds):
 
 
 def assert_same(a, b):
-    if isinstance(a, list):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    elif isinstance(a, dict):
-        assert a == b
-    else:
-        np.testing.assert_array_equal(a, b)
-
-
-def test_every_zoo_model_comes_back_identical(zoo, tmp_path):
-    count = 0
-    for path, feeds in zoo("zoo", "zoo_extra"):
-        saved = tmp_path / path.parent.name / path.name
-        saved.parent.mkdir(exist_ok=True)
-        graphopt.load(path).save(saved)
-        before, after = (onnx.load(p, load_external_data=False) for p in (path, saved))
-        assert after == before, f"{path.name} changed"  # protobuf equality: every field of every message
-        assert_same(run(path, feeds), run(saved, feeds))
-        count += 1
-    assert count >= 97
-
-
-def test_every_zoo_model_is_rebuilt_from_its_graph(zoo):
-    """The same without the short cut for unchanged graphs: every message assembled from the fx graph."""
-    for path, _ in zoo("zoo", "zoo_extra"):
-        graph = graphopt.load(path)
-        proto = graph.onnx.proto
-        rebuilt = to_proto(graph, rebuild=True)
-        # The fx graph is sorted; some files are not, and onnxruntime runs them all the same.
-        rebuilt.graph.node.sort(key=lambda n: n.SerializeToString(deterministic=True))
-        expected = onnx.ModelProto()
-        expected.CopyFrom(proto)
-        expected.graph.node.sort(key=lambda n: n.SerializeToString(deterministic=True))
-        assert rebuilt == expected, path.name
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def odd_model():

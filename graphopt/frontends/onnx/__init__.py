@@ -9,6 +9,7 @@ from graphopt.frontends.onnx.functions import Functions
 from graphopt.frontends.onnx.scope import Scope, Shared, opsets_of
 from graphopt.graph import Graph
 from graphopt.onnxfile import OnnxFile, TensorReader, read
+from graphopt.onnxfile.checks import check_model
 
 __all__ = ["load_onnx"]
 
@@ -19,6 +20,8 @@ def load_onnx(source: str | Path | OnnxFile) -> Graph:
     Raises:
         GraphOptError: the file is no readable ONNX model.
     """
+    if isinstance(source, OnnxFile):
+        check_model(source.proto)
     file = source if isinstance(source, OnnxFile) else read(source)
     functions = Functions(file.proto.functions)
     shared = Shared(file, TensorReader(file.folder), functions, opsets_of(file.proto.opset_import))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
-import networkx as nx
 import onnx
 
 from graphopt.errors import GraphOptError
@@ -17,36 +16,30 @@ class Functions:
     """The model-local functions of a file."""
 
     def __init__(self, protos: Iterable[onnx.FunctionProto]) -> None:
-        """Args: protos: the file's functions.
-
-        Raises:
-            GraphOptError: a function calls itself, directly or through others.
-        """
+        """Args: protos: the file's functions; none calls itself (`graphopt.onnxfile.checks` sees to that)."""
         self.protos = {_key(f.domain, f.name, f.overload): f for f in protos}
-        calls: nx.DiGraph[Key] = nx.DiGraph()
-        for key, function in self.protos.items():
-            found = (_key(node.domain, node.op_type, node.overload) for node in _all_nodes(function.node))
-            calls.add_edges_from((key, other) for other in found if other in self.protos)
-        if not nx.is_directed_acyclic_graph(calls):
-            names = " -> ".join(edge[0][1] for edge in nx.find_cycle(calls))
-            raise GraphOptError(f"the model-local functions {names} call themselves, which ONNX forbids; fix the model")
+        self.all = tuple(self.protos.values())
 
     def of(self, node: onnx.NodeProto) -> onnx.FunctionProto | None:
         """The function that a node calls, if it calls one."""
         return self.protos.get(_key(node.domain, node.op_type, node.overload)) if self.protos else None
 
 
-def body(function: onnx.FunctionProto, call: onnx.NodeProto) -> onnx.GraphProto:
-    """The function's body as a graph of its own, with the attributes of `call` in the place of references.
+def check_call(function: onnx.FunctionProto, call: onnx.NodeProto) -> None:
+    """Check a call's number of inputs and outputs.
 
     Raises:
-        GraphOptError: the call has more inputs or outputs than the function.
+        GraphOptError: the call has more than the function.
     """
     if len(call.input) > len(function.input) or len(call.output) > len(function.output):
         raise GraphOptError(
             f"node {call.name!r} has {len(call.input)} inputs and {len(call.output)} outputs, but the function "
             f"{function.name!r} that it calls has {len(function.input)} and {len(function.output)}; fix the model"
         )
+
+
+def body(function: onnx.FunctionProto, call: onnx.NodeProto) -> onnx.GraphProto:
+    """The function's body as a graph of its own, with the attributes of `call` in the place of references."""
     given = {a.name: a for a in function.attribute_proto} | {a.name: a for a in call.attribute}
     graph = onnx.GraphProto(name=function.name)
     graph.input.extend(onnx.ValueInfoProto(name=name) for name in function.input)
@@ -75,13 +68,3 @@ def _bind(twin: onnx.NodeProto, node: onnx.NodeProto, given: Mapping[str, onnx.A
 
 def _key(domain: str, name: str, overload: str) -> Key:
     return "" if domain == "ai.onnx" else domain, name, overload
-
-
-def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _all_nodes(attribute.g.node)
-            for graph in attribute.graphs:
-                yield from _all_nodes(graph.node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
+import unicodedata
 
 import torch
 
@@ -11,14 +12,33 @@ import torch
 _RESERVED = frozenset(dir(torch.nn.Module())) | frozenset(dir(torch.fx.GraphModule))
 # fx writes a weight's name into Python source, between quotes where it is no identifier.
 _PLAIN = re.compile(r"[\w:/ \-\[\]();,=+@#$%&~]+")
+_UNFIT = re.compile(r"[^0-9A-Za-z]")
 # A name may be as long as a file; what is made from it need not be.
 _LONGEST = 200
 
 
 def identifier(name: str) -> str:
     """A readable Python identifier for an ONNX name; fx makes it unique."""
-    text = "".join(c if c.isascii() and c.isalnum() else "_" for c in name[:_LONGEST]).strip("_") or "value"
+    text = _UNFIT.sub("_", name[:_LONGEST]).strip("_") or "value"
     return f"v{text}" if text[0].isdigit() else text
+
+
+class InputNames:
+    """Hands out parameter names: an input's name goes into Python source as it is."""
+
+    def __init__(self) -> None:
+        self._taken = {"self"}
+
+    def claim(self, name: str) -> str:
+        """A free identifier, as near to `name` as can be."""
+        stem = identifier(name)
+        stem = f"{stem}_" if keyword.iskeyword(stem) else stem
+        found, count = stem, 0
+        while found in self._taken:
+            count += 1
+            found = f"{stem}_{count}"
+        self._taken.add(found)
+        return found
 
 
 class AttributeNames:
@@ -45,4 +65,10 @@ class AttributeNames:
 
 
 def _plain(part: str) -> bool:
-    return bool(_PLAIN.fullmatch(part)) and part not in _RESERVED and not keyword.iskeyword(part)
+    # Python reads identifiers in a normal form: `µ` (the unit) in source is the letter `μ`.
+    return (
+        unicodedata.normalize("NFKC", part) == part
+        and bool(_PLAIN.fullmatch(part))
+        and part not in _RESERVED
+        and not keyword.iskeyword(part)
+    )

@@ -15,16 +15,16 @@ from torch import fx
 from graphopt import dialect
 from graphopt.dialect.binding import accepts, parameter_name
 from graphopt.errors import GraphOptError
-from graphopt.frontends.onnx.functions import Functions, body
-from graphopt.frontends.onnx.names import AttributeNames, identifier
+from graphopt.frontends.onnx.functions import Functions, body, check_call
+from graphopt.frontends.onnx.names import AttributeNames, InputNames, identifier
 from graphopt.frontends.onnx.order import order
 from graphopt.frontends.onnx.specs import value_spec
 from graphopt.frontends.onnx.types import ElementTypes
 from graphopt.frontends.onnx.weights import constant_value, densify
-from graphopt.graph import Graph, Origin, ValueSpec, attribute, set_attribute
+from graphopt.graph import Graph, GraphModule, Origin, ValueSpec, attribute, set_attribute
 from graphopt.onnxfile import OnnxFile, TensorReader
 from graphopt.onnxfile.scopes import captured, free
-from graphopt.opaque import OpaqueOperator, as_constant
+from graphopt.opaque import OpaqueOperator
 from graphopt.subgraphs import SubgraphOperator, call_function
 
 _BODIES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
@@ -59,8 +59,12 @@ class Scope:
         # What lies behind each constant, for bodies, and for nodes that run on onnxruntime.
         self.weights: dict[str, tuple[Any, onnx.TensorProto | None]] = {}
         self.constants: dict[fx.Node, str] = {}
-        self.types = ElementTypes(outer.types if outer is not None else None)
+        self.types: ElementTypes = ElementTypes(outer.types if outer is not None else None)
+        self.declared: dict[str, onnx.TypeProto] = {
+            v.name: v.type for v in (*proto.value_info, *proto.output, *proto.input)
+        }
         self.attributes = AttributeNames()
+        self.inputs = InputNames()
         # Initialisers that are inputs too are only defaults; before IR 4 every initialiser stood among the inputs.
         self.overridable = {i.name for i in proto.input} if shared.file.proto.ir_version >= 4 else set()
 
@@ -85,7 +89,7 @@ class Scope:
         for index in order(proto.node, self.values.keys()):
             self._node(index, proto.node[index])
         self.graph.output(tuple(self._value(o.name, "the graph's output") for o in proto.output))
-        module = fx.GraphModule(self.root, self.graph, class_name="OnnxModule")
+        module = GraphModule(self.root, self.graph, class_name="OnnxModule")
         names = tuple(spec.name for spec in inputs[len(fed) :])
         outputs = tuple(map(value_spec, proto.output))
         return Graph(module, tuple(inputs), outputs, self.shared.file, body=self._body(), captured=names)
@@ -94,7 +98,7 @@ class Scope:
         return None if self.proto is self.shared.file.proto.graph else self.proto
 
     def _input(self, name: str) -> None:
-        node = self.graph.placeholder(identifier(name))
+        node = self.graph.placeholder(self.inputs.claim(name))
         node.meta["onnx_name"] = name
         self.values[name] = node
 
@@ -110,7 +114,11 @@ class Scope:
             known = self.outer.weight_of(name)
             if known is not None:
                 self._store(name, known[0], known[1])
-        return [ValueSpec(name, None, None) for name in taken]
+        return [self._captured(name) for name in taken]
+
+    def _captured(self, name: str) -> ValueSpec:
+        declared = self._declared(name)
+        return value_spec(onnx.ValueInfoProto(name=name, type=declared)) if declared else ValueSpec(name, None, None)
 
     def weight_of(self, name: str) -> tuple[Any, onnx.TensorProto | None] | None:
         """The constant behind a name that is visible here, if it is one."""
@@ -146,16 +154,11 @@ class Scope:
         outer = captured(proto)
         for name in outer:
             self._value(name, f"a subgraph of node {proto.name!r}")
-        node = self._torch(proto, args)
-        if node is not None:
-            outer = ()
-        else:
-            dynamic = tuple(name for name in outer if name not in self.weights)
-            node = self._with_bodies(index, proto, args, dynamic)
-            if node is not None:
-                outer = dynamic
-            else:
-                node = self._opaque(index, proto, args, outer)
+        # Bodies see weights by themselves; onnxruntime has to be given them.
+        dynamic = tuple(name for name in outer if name not in self.weights)
+        known = self._torch(proto, args) or self._with_bodies(index, proto, args, dynamic)
+        outer = outer if known is None else dynamic
+        node = known or self._opaque(index, proto, args, outer)
         node.meta["onnx"] = Origin(proto, index, node.target, dict(node.kwargs), outer)
         self.types.follow(proto)
         self._bind_outputs(node, proto)
@@ -193,7 +196,9 @@ class Scope:
         return self.graph.create_node("call_function", entry.function, tuple(args), kwargs, name=name)
 
     def _keywords(self, entry: dialect.Operator, proto: onnx.NodeProto) -> dict[str, Any]:
-        kwargs = {parameter_name(a.name): _plain(a) for a in proto.attribute if a.type not in _BODIES}
+        # Of opset 1 only: which inputs may be overwritten, which nothing here ever does.
+        given = [a for a in proto.attribute if a.type not in _BODIES and a.name != "consumed_inputs"]
+        kwargs = {parameter_name(a.name): _plain(a) for a in given}
         for key, value in kwargs.items():
             if isinstance(value, onnx.TensorProto):
                 kwargs[key] = self.shared.reader.value(value)
@@ -236,9 +241,10 @@ class Scope:
 
         Functions that call functions many times over would fill the memory otherwise.
         """
-        graph = body(function, proto)
+        check_call(function, proto)
 
         def bodies() -> Mapping[str, Graph]:
+            graph = body(function, proto)
             source = onnx.ModelProto(ir_version=self.shared.file.proto.ir_version, opset_import=function.opset_import)
             file = OnnxFile(source, self.shared.file.path)
             opsets = opsets_of(function.opset_import or self.shared.file.proto.opset_import)
@@ -257,16 +263,30 @@ class Scope:
         return self.graph.create_node("call_module", target, tuple(args))
 
     def _opaque(self, index: int, proto: onnx.NodeProto, args: list[Any], outer: tuple[str, ...]) -> fx.Node:
-        names = [*proto.input, *outer]
         args = [*args, *(self.values[name] for name in outer)]
         known = {}
         for i, arg in enumerate(args):
             value, tensor = self.weights[self.constants[arg]] if arg in self.constants else (None, None)
             if tensor is not None:
-                known[i] = (value, as_constant(names[i], tensor, value))
+                known[i] = (value, tensor)
         model = self.shared.file.proto
-        functions = tuple(self.shared.functions.protos.values())
-        return self._module(index, proto, OpaqueOperator(proto, outer, model.opset_import, functions, known), args)
+        names = [*proto.input, *outer]
+        operator = OpaqueOperator(
+            proto,
+            outer,
+            model.opset_import,
+            self.shared.functions.all,
+            known,
+            [self.types[name] if name else 0 for name in names],
+            [self._declared(name) for name in names],
+        )
+        return self._module(index, proto, operator, args)
+
+    def _declared(self, name: str) -> onnx.TypeProto | None:
+        """The type that the file declares for a value."""
+        if name in self.declared:
+            return self.declared[name]
+        return self.outer._declared(name) if self.outer is not None else None
 
     def _bind_outputs(self, node: fx.Node, proto: onnx.NodeProto) -> None:
         if len(proto.output) == 1:

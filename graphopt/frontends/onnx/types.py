@@ -6,10 +6,16 @@ from collections.abc import Iterable
 
 import onnx
 
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
 # Operators whose first output has the element type of their first input, among those that take packed types.
-_KEEPING = frozenset(
+_KEEPING = words(
     "Identity Reshape Transpose Squeeze Unsqueeze Flatten Gather GatherElements GatherND Slice Concat Split Expand "
-    "Tile Pad ScatterElements ScatterND ScatterUpdate DepthToSpace SpaceToDepth ReverseSequence".split()
+    "Tile Pad ScatterElements ScatterND DepthToSpace SpaceToDepth ReverseSequence"
 )
 
 
