@@ -62,6 +62,8 @@ class _Emitter:
         self.nodes: list[onnx.NodeProto] = []
         self.kept: list[int] = []
         self.changed = False
+        self.moved: list[onnx.NodeProto] = []
+        """Nodes that came out of a body, perhaps several times."""
         self.taken: set[str] = set()
         """Names of outputs that another value has now than in the graph that was loaded."""
 
@@ -208,9 +210,10 @@ class _Emitter:
         moved_in = {old: new for old, new in zip(origin.captured, outer, strict=True) if old != new}
         moved_out = {old: new for old, new in outputs.items() if old != new}
         self.kept.append(origin.index)
-        if origin.index < 0 and proto.domain not in ("", "ai.onnx"):
+        moved = origin.index < 0
+        if moved and proto.domain not in ("", "ai.onnx"):
             self.parts.require(proto.domain)  # it came from a body that may import more than the model
-        if direct == list(proto.input) and not moved_in and not moved_out and not bodies:
+        if direct == list(proto.input) and not moved_in and not moved_out and not bodies and not moved:
             self.nodes.append(proto)
             return
         self.changed = True
@@ -224,6 +227,8 @@ class _Emitter:
             if body is not None:
                 attribute.g.CopyFrom(body)
         self.nodes.append(twin)
+        if moved:
+            self.moved.append(twin)
 
     def _outputs(self) -> None:
         for spec, result in zip(self.graph.outputs, self.graph.results, strict=True):
@@ -248,6 +253,7 @@ class _Emitter:
 
     def _assemble(self, new: onnx.GraphProto) -> None:
         old, live = self.proto, self._live_weights()
+        self._tell_apart()
         for descriptor, value in old.ListFields():
             if descriptor.name not in ("node", "initializer", "sparse_initializer", "value_info", "input"):
                 _set(new, descriptor.name, value)
@@ -261,6 +267,16 @@ class _Emitter:
         defined = {name for n in new.node for name in n.output}
         gone = {name for n in old.node for name in n.output} - defined | (stored - live)
         new.value_info.extend(v for v in old.value_info if v.name not in gone)
+
+    def _tell_apart(self) -> None:
+        """Node names are unique, though a body may have been put in several times."""
+        moved = set(map(id, self.moved))
+        seen = {node.name for node in self.nodes if id(node) not in moved}
+        for node in self.moved:
+            if node.name and node.name in seen:
+                self.parts.names.taken.add(node.name)
+                node.name = self.parts.names.fresh(node.name)
+            seen.add(node.name)
 
     def _revived(self, live: set[str]) -> list[onnx.NodeProto]:
         """Constant nodes that only bodies use: they see them by name, without an edge in this graph."""

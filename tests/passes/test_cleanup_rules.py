@@ -171,7 +171,8 @@ MISSES = {
     "involution": f"{X} {{ a = Neg(x) b = Abs(a) y = Neg(b) }}",
     "idempotent": f"{X} {{ a = Floor(x) b = Ceil(a) y = Abs(b) }}",
     "where-constant": "(float[4] x, float[N, 4] w) => (float[N, 4] y) <bool t = {1}> { a = Where(t, x, w) y = Neg(a) }",
-    "if-constant": f"{X} <int64 i = {{0}}, int64 two = {{2}}> {{ h = Shape(x) g = Gather(h, i) c = Less(g, two) a = If(c) "
+    "if-constant": f"{X} <int64 i = {{0}}, int64 two = {{2}}> {{ h = Shape(x) g = Gather(h, i) c = Less(g, two) "
+    "a = If(c) "
     "<then_branch = t () => (float[N, 4] p) { p = Neg(x) }, else_branch = e () => (float[N, 4] q) { q = Relu(x) }> "
     "y = Neg(a) }",
     "shape-of-same": "(float[N, 4] x) => (int64[2] y) { z = Transpose(x) h = Shape(z) y = Neg(h) }",

@@ -155,7 +155,7 @@ class Scope:
         for name in outer:
             self._value(name, f"a subgraph of node {proto.name!r}")
         # Bodies see weights by themselves; onnxruntime has to be given them.
-        dynamic = tuple(name for name in outer if name not in self.weights)
+        dynamic = tuple(name for name in outer if self.weight_of(name) is None)
         known = self._torch(proto, args) or self._with_bodies(index, proto, args, dynamic)
         outer = outer if known is None else dynamic
         node = known or self._opaque(index, proto, args, outer)
