@@ -18,6 +18,8 @@ DIFFERENTIABLE = onnx.defs.OpSchema.DifferentiationCategory.Differentiable
 # What the standard marks although there is nothing to differentiate, or what its models cannot show.
 EXEMPT = {
     "Dropout": "random in training, the identity otherwise",
+    "Cast": "its models round; test_casts_hand_on_derivatives has it",
+    "CastLike": "as Cast",
     "Hardmax": "constant but for jumps",
     "Trilu": "its models are of integers; test_gradients.py has one of floats",
 }
@@ -135,3 +137,11 @@ def test_derivatives_along_a_direction(name):
         checked += 1
     assert checked or not MODELS[name], "no model of the suite could be used"
     assert not without, f"no model has a derivative for inputs {without}"
+
+
+@pytest.mark.parametrize("code", [onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16])
+def test_casts_hand_on_derivatives(code):
+    x = torch.tensor([0.5, -2.0], dtype=torch.float64, requires_grad=True)
+    y = lookup("", "Cast", 28).function(x, to=code)
+    (found,) = torch.autograd.grad((y.double() * torch.tensor([2.0, 3.0])).sum(), x)
+    torch.testing.assert_close(found, torch.tensor([2.0, 3.0], dtype=torch.float64))
