@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from graphopt.dialect.control import start_run
 from graphopt.errors import GraphOptError
 from graphopt.opaque import OpaqueOperator
 from graphopt.subgraphs import SubgraphOperator
@@ -14,6 +15,8 @@ from graphopt.subgraphs import SubgraphOperator
 if TYPE_CHECKING:
     from graphopt.graph import Graph
 
+# Of a name in a message; in a corrupt file it may be megabytes long.
+_LONGEST = 100
 Observer = Callable[[fx.Node, Any], None]
 Enter = Callable[["Graph", Sequence[Any]], None]
 
@@ -23,6 +26,7 @@ class GraphInterpreter(fx.Interpreter):
 
     def __init__(self, graph: Graph, observe: Observer | None = None, enter: Enter | None = None) -> None:
         super().__init__(graph.module, garbage_collect_values=True)
+        self.extra_traceback = False  # fx would add several lines of its own to every error
         self._graph = graph
         self._observe = observe
         self._enter = enter
@@ -30,9 +34,14 @@ class GraphInterpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; an operator that its torch function does not cover runs on onnxruntime."""
         try:
-            value = super().run_node(n)
-        except NotImplementedError:
-            value = self._on_onnxruntime(n)
+            try:
+                value = super().run_node(n)
+            except NotImplementedError:
+                value = self._on_onnxruntime(n)
+        except GraphOptError:
+            raise
+        except Exception as error:  # whatever torch says of operands that do not fit
+            raise GraphOptError(_failure(n, error)) from error
         if self._observe is not None:
             self._observe(n, value)
         return value
@@ -58,6 +67,15 @@ class GraphInterpreter(fx.Interpreter):
         return operator(*args)
 
 
+def _failure(node: fx.Node, error: Exception) -> str:
+    """One sentence about a node that cannot be computed."""
+    origin = node.meta.get("onnx")
+    operator = origin.proto.op_type if origin is not None else getattr(node.target, "__name__", str(node.target))
+    name = (origin.proto.name if origin is not None else "") or node.meta.get("onnx_name", node.name)
+    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return f"node {name[:_LONGEST]!r} ({operator[:_LONGEST]}) cannot be computed on these values: {reason[:300]}"
+
+
 def execute(
     graph: Graph, values: Sequence[Any], observe: Observer | None = None, enter: Enter | None = None
 ) -> tuple[Any, ...]:
@@ -74,6 +92,8 @@ def execute(
     """
     if len(values) != len(graph.inputs):
         raise GraphOptError(f"expected {len(graph.inputs)} inputs, got {len(values)}")
+    if graph.body is None:
+        start_run()
     result = GraphInterpreter(graph, observe, enter).run(*values, enable_io_processing=False)
     flat: list[Any] = []
 

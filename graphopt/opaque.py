@@ -75,7 +75,7 @@ class OpaqueOperator(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """What a printed module shows."""
-        return f"{self.proto.domain or 'ai.onnx'}::{self.proto.op_type}"
+        return f"{self.proto.domain or 'ai.onnx'}::{self.proto.op_type}"[:100]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OpaqueOperator:
         return self  # it has no state of its own, and sessions cannot be copied
@@ -171,8 +171,9 @@ class OpaqueOperator(torch.nn.Module):
         try:
             return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
+            reason = next(iter(str(error).splitlines()), "")[:300]
             raise GraphOptError(
-                f"operator {self.extra_repr()} has no torch meaning, and onnxruntime cannot run it either: {error}"
+                f"operator {self.extra_repr()} has no torch meaning, and onnxruntime cannot run it either: {reason}"
             ) from error
 
 

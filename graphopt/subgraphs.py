@@ -104,9 +104,9 @@ class SubgraphOperator(torch.nn.Module):
         return f"{self.proto.domain or 'ai.onnx'}::{self.proto.op_type}"
 
     def copy(self) -> SubgraphOperator:
-        """An operator with bodies of its own that share the weights."""
+        """An operator with bodies of its own that share the weights; a function's body is the model's, not a call's."""
         bodies = self._bodies
-        if not callable(bodies):
+        if not callable(bodies) and not self.is_call:
             bodies = {name: body.copy() for name, body in bodies.items()}
         return self._with(bodies)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
+from graphopt.dialect.control import MADE_UP_TRIPS, at_most
 from graphopt.errors import GraphOptError
 from graphopt.graph import Graph, ValueSpec
 
@@ -18,6 +20,8 @@ _SIZES = ((BATCH, LENGTH), (BATCH, 8), (1, LENGTH), (1, 8), (1, 1))
 _SMALL = 4
 # Integer inputs that index no table may be masks, positions or lengths: 0 and 1 are valid as each of them.
 _SMALLEST_TABLE = 2
+# Of one input: 8 GB of floats.
+_MOST_ELEMENTS = 1 << 31
 
 
 class Synthetic:
@@ -56,7 +60,7 @@ class Synthetic:
 
     def _runs(self, shapes: list[list[int]]) -> bool:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), at_most(MADE_UP_TRIPS):
                 self._graph.execute(*self._values(shapes, 0))
         except Exception:  # whatever an operator says of sizes that do not fit
             return False
@@ -76,6 +80,8 @@ class Synthetic:
 
 def _random(spec: ValueSpec, shape: list[int], limit: int | None, generator: torch.Generator) -> Any:
     assert isinstance(spec.dtype, torch.dtype)
+    if math.prod(shape) > _MOST_ELEMENTS:
+        raise GraphOptError(f"cannot make random values for input {spec} of {shape}; give calibration data")
     if spec.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(spec.dtype)
     if spec.dtype == torch.bool or limit is None:

@@ -165,7 +165,10 @@ def _share_state(graph: Graph, module: LoweredModule, held: list[tuple[str, fx.N
 def _with_shared_weights(operator: SubgraphOperator, shared: dict[int, nn.Parameter]) -> SubgraphOperator:
     """An operator whose bodies use the module's parameters, so that they are trained with it."""
     twin = operator.copy()
-    for body in twin.bodies.values():
+    for name, body in list(twin.bodies.items()):
+        if twin.is_call:
+            body = body.copy()
+            twin.set_body(name, body)
         for node in body.nodes:
             value = attribute(body.module, str(node.target)) if node.op in ("get_attr", "call_module") else None
             if isinstance(value, SubgraphOperator):

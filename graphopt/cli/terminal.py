@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -66,7 +67,8 @@ class Terminal:
         Raises:
             GraphOptError: it would.
         """
-        if self._json is not None and self._json.resolve() in {path.resolve() for path in models}:
+        # Unlike Path.resolve, realpath takes a circle of links as it is: the reader will complain about it.
+        if self._json is not None and os.path.realpath(self._json) in {os.path.realpath(path) for path in models}:
             raise GraphOptError(f"expected a file of its own for the JSON, but {self._json} is a model; name another")
 
     def print(self, text: str = "", style: str | None = None) -> None:

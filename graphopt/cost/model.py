@@ -18,9 +18,9 @@ from graphopt.cost.table import Call, Shape, lookup
 from graphopt.dialect import operator_of
 from graphopt.errors import GraphOptError
 from graphopt.graph import Graph
-from graphopt.subgraphs import node_proto
 from graphopt.shapes import Shapes, shapes_of
 from graphopt.shapes.observe import evaluate
+from graphopt.subgraphs import node_proto
 
 # The default size of a dimension: one sample, and a length that is typical of text.
 _FIRST_AXIS, _OTHER_AXIS = 1, 128

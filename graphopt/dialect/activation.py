@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dtypes import STORED_ONLY
 from .math import _aligned
+from .random import uniform
 from .registry import operator
 
 
@@ -45,7 +47,7 @@ def prelu_1(x: Tensor, slope: Tensor) -> Tensor:
 @operator("PRelu", since=7)
 def prelu_7(x: Tensor, slope: Tensor) -> Tensor:
     """Return x, times the broadcast slope where negative."""
-    return torch.where(x < 0, x * slope, x)
+    return x if x.dtype in STORED_ONLY else torch.where(x < 0, x * slope, x)
 
 
 @operator("Elu")
@@ -178,8 +180,14 @@ def dropout_12(
     seed: int | None = None,
     outputs: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return x: at inference, or with ratio zero, nothing is dropped; the mask is boolean."""
-    training = training_mode is not None and bool(training_mode)
-    if training and (ratio is None or float(ratio) > 0):
-        raise NotImplementedError("Dropout in training mode is random")
-    return x if outputs == 1 else (x, torch.ones_like(x, dtype=torch.bool))
+    """Drop elements of x at random in training mode and scale up the others; the mask is boolean.
+
+    At inference, or with ratio zero, nothing is dropped. A seed fixes the mask: see the module `random`.
+    """
+    share = 0.5 if ratio is None else float(ratio)
+    if training_mode is None or not bool(training_mode) or share == 0:
+        return x if outputs == 1 else (x, torch.ones_like(x, dtype=torch.bool))
+    mask = uniform(x.shape, seed, x.device) >= share
+    kept = 1 / (1 - share) if share < 1 else 0.0
+    y = x * (mask * kept).to(x.dtype)
+    return y if outputs == 1 else (y, mask)

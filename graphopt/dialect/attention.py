@@ -50,7 +50,7 @@ def masked_softmax(scores: Tensor) -> Tensor:
 
 def _additive(mask: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
     """Turn the mask input into a bias, and extend one that is shorter than the keys."""
-    bias = as_bias(mask, dtype) if mask.dtype == torch.bool else mask
+    bias = as_bias(mask, dtype) if mask.dtype == torch.bool else mask.to(dtype)
     missing = keys - mask.shape[-1]
     return F.pad(bias, (0, missing), value=float("-inf")) if missing > 0 else bias
 
@@ -128,7 +128,8 @@ def attention_23(
     scores = capped if bias is None else capped + bias
     wide = scores if softmax_precision is None else scores.to(dtype_of(softmax_precision))
     weights = masked_softmax(wide).to(q.dtype)
-    y = (weights @ v).to(v.dtype)
+    both = torch.promote_types(q.dtype, v.dtype)
+    y = (weights.to(both) @ v.to(both)).to(q.dtype)
     y = join_heads(y) if packed else y
     if outputs == 1:
         return y

@@ -1,61 +1,120 @@
-"""Attention operators of onnxruntime's com.microsoft domain."""
+"""Attention operators of onnxruntime's com.microsoft domain whose samples share the length of their past."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import (
-    as_bias,
-    join_heads,
-    linear_attention_27,
-    masked_softmax,
-    positions,
-    repeat_heads,
-    rotate,
-    split_heads,
-)
+from .attention import as_bias, join_heads, linear_attention_27, masked_softmax, positions, split_heads
 from .contrib import DOMAIN
+from .contrib_integer import mat_mul_integer_to_float
 from .dtypes import scalar
-from .nn import rms_norm
 from .registry import operator
 
 
-def _padding_bias(mask: Tensor, keys: int, dtype: torch.dtype, filtered: float, batch: int) -> Tensor:
-    """Turn any form of the padding mask into a bias `[B, 1, 1 or Tq, Tk]`."""
+def padding_bias(mask: Tensor, like: Tensor, steps: int, keys: int, filtered: float) -> Tensor | None:
+    """Turn any form of the padding mask into a bias on the scores of `steps` queries, the last of `keys` positions.
+
+    Args:
+        mask: `[B]`, the ends of the samples; `[2 * B]`, their ends and starts; `[3 * B + 2]`, their ends and
+            offsets that only packed kernels use; `[B, keys]`; `[B, steps, keys]`; or `[B, 1, N, N]` over all
+            positions. One that is `[B, 1]` or `[1, 1]` stands for no mask.
+        like: a tensor `[B, ...]` whose type and device the bias gets.
+        steps: how many queries there are.
+        keys: how many keys there are.
+        filtered: what is added where nothing may be attended.
+
+    Returns:
+        The bias `[B, 1, 1 or steps, keys]`, or None where nothing is masked.
+    """
+    batch = like.shape[0]
     if mask.dim() == 1:
         column = torch.arange(keys, device=mask.device)
-        if mask.shape[0] not in (batch, 2 * batch):
-            raise NotImplementedError("attention masks of shape (3 * batch + 2) are not covered")
-        # Exclusive ends, then the starts when there is padding on the left.
         allowed = column < mask[:batch].unsqueeze(1)
         if mask.shape[0] == 2 * batch:
             allowed = allowed & (column >= mask[batch:].unsqueeze(1))
-    elif mask.dim() > 3:
-        raise NotImplementedError("attention masks of rank 4 are not covered")
+    elif mask.dim() == 4:
+        allowed = mask[:, :, keys - steps : keys, :keys] > 0
+    elif mask.dim() == 2 and mask.shape[1] == 1 != keys:
+        return None
     else:
         allowed = mask > 0
-    return as_bias(allowed.reshape(batch, 1, -1, keys), dtype, filtered)
+    return as_bias(allowed.reshape(batch, 1, -1, keys), like.dtype, filtered)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, biases: list[Tensor | None], causal: bool
+    q: Tensor, k: Tensor, v: Tensor, scale: float, biases: list[Tensor | None], causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the packed output and the weights; the queries stand at the end of the keys."""
+    """Return the packed output and the scores before softmax; the queries stand at the end of the keys."""
     scores = (q @ k.transpose(-1, -2)) * (scale or 1 / math.sqrt(q.shape[-1]))
     if causal:
         behind = positions(q.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
-        biases = [*biases, as_bias(behind >= 0, q.dtype)]
+        # The lowest number rather than infinity, because the scores may be an output.
+        biases = [*biases, as_bias(behind >= 0, q.dtype, torch.finfo(q.dtype).min)]
     for bias in biases:
         scores = scores if bias is None else scores + bias
-    weights = masked_softmax(scores)
-    return join_heads(weights @ v), weights
+    return join_heads(masked_softmax(scores) @ v), scores
 
 
-@operator("Attention", domain=DOMAIN, counted=True)
+def _extended(
+    past: Tensor | None, new: Tensor, length: Tensor | None, origin: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return all keys or values `[B, H, T, D]` that the queries see, and the cache that holds them.
+
+    Args:
+        past: the past ones, or with `length` a buffer of which only so many steps are filled.
+        new: the new ones, which come behind the past.
+        length: how much of the buffer is filled, one number for all samples.
+        origin: `[B / beams, beams, N]`, from which beam each step of a sample's past comes.
+    """
+    if past is None:
+        return new, new
+    if length is None:
+        joined = torch.cat((past, new), 2)
+        return joined, joined
+    start = scalar(length)
+    end = start + new.shape[2]
+    cache = torch.cat((past[:, :, :start], new, past[:, :, end:]), 2)
+    seen = cache[:, :, :end]
+    return (seen if origin is None else _of_beams(seen, origin[:, :, :start])), cache
+
+
+def _of_beams(x: Tensor, origin: Tensor) -> Tensor:
+    """Collect each past step of `[B * beams, H, T, D]` from the beam that it comes from; new steps are a beam's own."""
+    groups, beams, past = origin.shape
+    first = torch.arange(groups, device=x.device).reshape(-1, 1, 1) * beams
+    own = first + torch.arange(beams, device=x.device).reshape(1, -1, 1)
+    rows = torch.cat((first + origin, own.expand(groups, beams, x.shape[2] - past)), 2).flatten(0, 1)
+    return x.transpose(1, 2)[rows, torch.arange(x.shape[2], device=x.device)].transpose(1, 2)
+
+
+def _self_attention(
+    product: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    past: Tensor | None,
+    attention_bias: Tensor | None,
+    length: Tensor | None,
+    sizes: list[int] | None,
+    heads: int,
+    filtered: float,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend on the product of the input with the merged weights; the other outputs are the keys and the values."""
+    product = product if bias is None else product + bias
+    parts = product.split(sizes or [product.shape[-1] // 3] * 3, -1)
+    q, k, v = (split_heads(part, heads) for part in parts)
+    k, keys = _extended(None if past is None else past[0], k, length)
+    v, values = _extended(None if past is None else past[1], v, length)
+    padding = None if mask is None else padding_bias(mask, q, q.shape[2], k.shape[2], filtered)
+    y, _ = _attend(q, k, v, scale, [padding, attention_bias], causal)
+    return y, keys, values
+
+
+@operator("Attention", domain=DOMAIN, values=(6,), counted=True)
 def microsoft_attention(
     x: Tensor,
     weights: Tensor,
@@ -74,20 +133,45 @@ def microsoft_attention(
     scale: float = 0.0,
     unidirectional: int = 0,
     outputs: int,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Project `[B, T, I]` by one merged matrix to q, k and v, and attend."""
+    if do_rotary:
+        raise NotImplementedError("Attention with rotary embedding, whose base it does not state, is not covered")
+    y, keys, values = _self_attention(
+        x @ weights, bias, mask_index, past, attention_bias, past_sequence_length, qkv_hidden_sizes, num_heads,
+        mask_filter_value, scale, bool(unidirectional),
+    )  # fmt: skip
+    return y if outputs == 1 else (y, torch.stack((keys, values)))
+
+
+@operator("QAttention", domain=DOMAIN, counted=True)
+def q_attention(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    input_scale: Tensor,
+    weight_scale: Tensor,
+    mask_index: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+    weight_zero_point: Tensor | None = None,
+    past: Tensor | None = None,
+    *,
+    do_rotary: int = 0,
+    mask_filter_value: float = -10000.0,
+    num_heads: int,
+    past_present_share_buffer: int = 0,
+    scale: float = 0.0,
+    unidirectional: int = 0,
+    outputs: int,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend as Attention does, after a projection of quantised inputs by a quantised matrix."""
     if do_rotary or past_present_share_buffer:
-        raise NotImplementedError("Attention with rotary embedding or a shared buffer is not covered")
-    product = x @ weights if bias is None else x @ weights + bias
-    parts = product.split(qkv_hidden_sizes or [product.shape[-1] // 3] * 3, -1)
-    q, k, v = (split_heads(part, num_heads) for part in parts)
-    if past is not None:
-        k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-    padding = None
-    if mask_index is not None:
-        padding = _padding_bias(mask_index, k.shape[2], x.dtype, mask_filter_value, x.shape[0])
-    y, _ = _attend(q, k, v, scale, [padding, attention_bias], bool(unidirectional))
-    return y if outputs == 1 else (y, torch.stack((k, v)))
+        raise NotImplementedError("QAttention with rotary embedding or a shared buffer is not covered")
+    product = mat_mul_integer_to_float(x, weight, input_scale, weight_scale, input_zero_point, weight_zero_point, bias)
+    y, keys, values = _self_attention(
+        product, None, mask_index, past, None, None, None, num_heads, mask_filter_value, scale, bool(unidirectional)
+    )
+    return y if outputs == 1 else (y, torch.stack((keys, values)))
 
 
 def _projections(
@@ -108,7 +192,7 @@ def _projections(
     return q, k, v
 
 
-@operator("MultiHeadAttention", domain=DOMAIN, counted=True)
+@operator("MultiHeadAttention", domain=DOMAIN, values=(8,), counted=True)
 def multi_head_attention(
     query: Tensor,
     key: Tensor | None = None,
@@ -127,140 +211,50 @@ def multi_head_attention(
     unidirectional: int = 0,
     outputs: int,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Attend on packed `[B, T, H * D]` inputs, their biases added first."""
-    if past_sequence_length is not None or cache_indirection is not None:
-        raise NotImplementedError("MultiHeadAttention with a shared buffer is not covered")
+    """Attend on packed `[B, T, H * D]` inputs, their biases added first; the fourth output is the biased scores."""
     q, k, v = _projections(query, key, value, bias, num_heads)
-    if past_key is not None and past_value is not None:
-        k, v = torch.cat((past_key, k), 2), torch.cat((past_value, v), 2)
+    k, keys = _extended(past_key, k, past_sequence_length, cache_indirection)
+    v, values = _extended(past_value, v, past_sequence_length, cache_indirection)
     padding = None
     if key_padding_mask is not None:
-        padding = _padding_bias(key_padding_mask, k.shape[2], q.dtype, mask_filter_value, q.shape[0])
-    y, weights = _attend(q, k, v, scale, [padding, attention_bias], bool(unidirectional))
-    return y if outputs == 1 else (y, k, v, weights)[:outputs]
+        padding = padding_bias(key_padding_mask, q, q.shape[2], k.shape[2], mask_filter_value)
+    y, scores = _attend(q, k, v, scale, [padding, attention_bias], bool(unidirectional))
+    return y if outputs == 1 else (y, keys, values, scores)[:outputs]
 
 
-@operator("RotaryEmbedding", domain=DOMAIN)
-def microsoft_rotary_embedding(
-    x: Tensor,
-    position_ids: Tensor,
-    cos_cache: Tensor,
-    sin_cache: Tensor,
-    *,
-    interleaved: int = 0,
-    is_packed_batching: int = 0,
-    num_heads: int = 0,
-    rotary_embedding_dim: int = 0,
-    scale: float = 1.0,
-) -> Tensor:
-    """Rotate pairs of channels; a single position id is that of the first step."""
-    if is_packed_batching or scale != 1.0:
-        raise NotImplementedError("RotaryEmbedding with packed batching or a scale is not covered")
-    packed = x.dim() == 3
-    # Without a rotary dimension the whole head rotates, so the cache tells how wide a head is.
-    heads = num_heads if rotary_embedding_dim else x.shape[-1] // (2 * cos_cache.shape[-1])
-    heads_first = split_heads(x, heads) if packed else x
-    if position_ids.dim() == 1:
-        position_ids = position_ids + torch.arange(heads_first.shape[2], device=x.device).unsqueeze(0)
-    y = _rotated(heads_first, position_ids, cos_cache, sin_cache, bool(interleaved))
-    return join_heads(y) if packed else y
-
-
-def _rotated(x: Tensor, ids: Tensor, cos_cache: Tensor, sin_cache: Tensor, interleaved: bool) -> Tensor:
-    cos, sin = (F.embedding(ids, cache).unsqueeze(1) for cache in (cos_cache, sin_cache))
-    return rotate(x, cos, sin, interleaved)
-
-
-def _appended(past: Tensor | None, new: Tensor, total: int, start: Tensor) -> Tensor:
-    """Write the new steps of each sample behind its past ones."""
-    if past is None:
-        return new
-    cache = F.pad(past, (0, 0, 0, max(total, past.shape[2]) - past.shape[2]))
-    step = start.reshape(-1, 1) + torch.arange(new.shape[2], device=new.device)
-    index = step.to(torch.int64)[:, None, :, None].expand(new.shape)
-    return cache.scatter(2, index, new)
-
-
-@operator("GroupQueryAttention", domain=DOMAIN, values=(6,), counted=True)
-def group_query_attention(
+@operator("DecoderMaskedMultiHeadAttention", domain=DOMAIN, values=(7,), counted=True)
+def decoder_masked_multi_head_attention(
     query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    past_key: Tensor | None,
-    past_value: Tensor | None,
-    seqlens_k: Tensor,
-    total_sequence_length: Tensor,
-    cos_cache: Tensor | None = None,
-    sin_cache: Tensor | None = None,
-    position_ids: Tensor | None = None,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    mask_index: Tensor | None = None,
     attention_bias: Tensor | None = None,
-    head_sink: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    q_norm_weight: Tensor | None = None,
-    k_norm_weight: Tensor | None = None,
+    past_key: Tensor | None = None,
+    past_value: Tensor | None = None,
+    past_sequence_length: Tensor | None = None,
+    beam_width: Tensor | None = None,
+    cache_indirection: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
-    causal: int = 1,
-    do_rotary: int = 0,
-    k_quant_type: str = "NONE",
-    kv_cache_bit_width: int = 0,
-    kv_num_heads: int,
-    local_window_size: int = -1,
+    mask_filter_value: float = -10000.0,
     num_heads: int,
-    qk_norm_epsilon: float = 1e-6,
-    qk_output: int = 0,
-    rotary_interleaved: int = 0,
+    output_qk: int = 0,
+    past_present_share_buffer: int = 0,
     scale: float = 0.0,
-    sliding_window_cache: int = 0,
-    smooth_softmax: int = -1,
-    softcap: float = 0.0,
-    v_quant_type: str = "NONE",
     outputs: int,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Attend causally with fewer heads of key and value, each sample at the end of its own past."""
-    if qk_output or sliding_window_cache or k_quant_type != "NONE" or v_quant_type != "NONE":
-        raise NotImplementedError("qk_output and windowed or quantised caches are not covered")
-    if key is None or value is None:
-        width = query.shape[-1] // (num_heads + 2 * kv_num_heads)
-        query, key, value = query.split([num_heads * width, kv_num_heads * width, kv_num_heads * width], -1)
-    q, k, v = split_heads(query, num_heads), split_heads(key, kv_num_heads), split_heads(value, kv_num_heads)
-    if q_norm_weight is not None and k_norm_weight is not None:
-        q = rms_norm(q, q_norm_weight, -1, qk_norm_epsilon, 1)[0]
-        k = rms_norm(k, k_norm_weight, -1, qk_norm_epsilon, 1)[0]
-    steps, total = q.shape[2], scalar(total_sequence_length)
-    lengths = seqlens_k.reshape(-1) + 1
-    # A first prompt starts at zero even where a sample is shorter than the batch.
-    start = torch.zeros_like(lengths) if steps == total else lengths - steps
-    if do_rotary and cos_cache is not None and sin_cache is not None:
-        ids = position_ids
-        if ids is None:
-            ids = start.unsqueeze(1) + torch.arange(steps, device=q.device)
-        q = _rotated(q, ids, cos_cache, sin_cache, bool(rotary_interleaved))
-        k = _rotated(k, ids, cos_cache, sin_cache, bool(rotary_interleaved))
-    k, v = _appended(past_key, k, total, start), _appended(past_value, v, total, start)
-    scores = (q @ repeat_heads(k, num_heads).transpose(-1, -2)) * (scale or 1 / math.sqrt(q.shape[-1]))
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    behind = positions(steps, k.shape[2], start, q.device)
-    valid = torch.arange(k.shape[2], device=q.device) < lengths.reshape(-1, 1, 1, 1)
-    allowed = behind >= 0 if causal else valid
-    if local_window_size > 0:
-        allowed = allowed & (behind < local_window_size)
-    scores = scores + as_bias(allowed, q.dtype)
-    if attention_bias is not None:
-        scores = scores + F.pad(attention_bias, (0, k.shape[2] - attention_bias.shape[-1]))
-    y = join_heads(_weights(scores, head_sink, smooth_softmax > 0) @ repeat_heads(v, num_heads))
-    return y if outputs == 1 else (y, k, v)[:outputs]
-
-
-def _weights(scores: Tensor, sink: Tensor | None, smooth: bool) -> Tensor:
-    """Return the softmax, with one more term per head in its denominator when there is a sink."""
-    if sink is None and not smooth:
-        return masked_softmax(scores)
-    shape = (*scores.shape[:-1], 1)
-    factor = scores.new_zeros(()) if sink is None else sink.to(scores.dtype).reshape(1, -1, 1, 1)
-    extra = factor.expand(shape)
-    return torch.softmax(torch.cat((scores, extra), -1), -1)[..., :-1]
+    """Attend with one query per sample, `[B, 1, H * D]`, to a buffer of past steps or to all of a cross attention."""
+    if key is None and past_key is not None:
+        width = num_heads * past_key.shape[-1]
+        query, key, value = query.split([width, width, query.shape[-1] - 2 * width], -1)
+    q, k, v = _projections(query, key, value, bias, num_heads)
+    k, keys = _extended(past_key, k, past_sequence_length, cache_indirection)
+    v, values = _extended(past_value, v, past_sequence_length, cache_indirection)
+    padding = None
+    if mask_index is not None:
+        padding = padding_bias(mask_index, q, q.shape[2], k.shape[2], mask_filter_value)
+    y, scores = _attend(q, k, v, scale, [padding, attention_bias], False)
+    return y if outputs == 1 else (y, keys, values, scores)[:outputs]
 
 
 @operator("LinearAttention", domain=DOMAIN)
@@ -279,10 +273,26 @@ def microsoft_linear_attention(
     state_window: int = 0,
     update_rule: str = "gated_delta",
 ) -> tuple[Tensor, Tensor]:
-    """Run the recurrence of ai.onnx LinearAttention; return the output and the last state."""
-    if state_window:
-        raise NotImplementedError("LinearAttention with a state_window is not covered")
-    return linear_attention_27(
-        query, key, value, past_state, decay, beta, chunk_size=chunk_size, kv_num_heads=kv_num_heads,
-        q_num_heads=q_num_heads, scale=scale, update_rule=update_rule,
-    )  # fmt: skip
+    """Run the recurrence of ai.onnx LinearAttention; return the output and the last state.
+
+    With a `state_window` of W the states are `[W, B, H, dk, dv]`: those after the last W steps, zeros where there
+    were fewer.
+    """
+    state = past_state[-1] if state_window and past_state is not None else past_state
+    steps = query.shape[1]
+    # One piece up to the first state that is asked for, then step by step.
+    first = max(1, steps - state_window + 1) if state_window else steps
+    parts, states = [], []
+    for start, end in [(0, first), *((step, step + 1) for step in range(first, steps))]:
+        q, k, v = (x.narrow(1, start, end - start) for x in (query, key, value))
+        g, b = (None if x is None else x.narrow(1, start, end - start) for x in (decay, beta))
+        y, state = linear_attention_27(
+            q, k, v, state, g, b, chunk_size=chunk_size, kv_num_heads=kv_num_heads, q_num_heads=q_num_heads,
+            scale=scale, update_rule=update_rule,
+        )  # fmt: skip
+        parts.append(y)
+        states.append(state)
+    if not state_window:
+        return parts[0], states[0]
+    missing = [torch.zeros_like(states[0])] * (state_window - len(states))
+    return torch.cat(parts, 1), torch.stack(missing + states)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +14,24 @@ from torch import Tensor
 from graphopt.errors import GraphOptError
 
 from .registry import operator
+from .strings import stacked
 
 if TYPE_CHECKING:
     from graphopt.subgraphs import Body
 
-__all__ = ["at_most"]
+__all__ = ["MADE_UP_TRIPS", "at_most", "start_run"]
 
-_LIMIT: ContextVar[int | None] = ContextVar("trips", default=None)
+MADE_UP_TRIPS = 10_000
+"""Trips that a run on made-up inputs may take: a second or two."""
+
+
+@dataclass
+class _Budget:
+    limit: int
+    used: int = 0
+
+
+_BUDGET: ContextVar[_Budget | None] = ContextVar("trips", default=None)
 
 
 class TooManyTripsError(GraphOptError):
@@ -28,18 +40,33 @@ class TooManyTripsError(GraphOptError):
 
 @contextmanager
 def at_most(trips: int) -> Iterator[None]:
-    """Let no loop run for more than `trips` trips; for whoever runs a model only to look at it."""
-    token = _LIMIT.set(trips)
+    """Let all loops of one run of a model together take at most `trips` trips.
+
+    For whoever runs a model on made-up inputs: then nobody has asked for the loops to end.
+    """
+    token = _BUDGET.set(_Budget(trips))
     try:
         yield
     finally:
-        _LIMIT.reset(token)
+        _BUDGET.reset(token)
 
 
-def _check(trip: int) -> None:
-    limit = _LIMIT.get()
-    if limit is not None and trip >= limit:
-        raise TooManyTripsError(f"expected a loop of at most {limit} trips here, found one that runs for longer")
+def start_run() -> None:
+    """Count the trips of a new run of a model."""
+    budget = _BUDGET.get()
+    if budget is not None:
+        budget.used = 0
+
+
+def _count_trip() -> None:
+    budget = _BUDGET.get()
+    if budget is None:
+        return
+    budget.used += 1
+    if budget.used > budget.limit:
+        raise TooManyTripsError(
+            f"expected loops of at most {budget.limit} trips on made-up inputs, found more; give calibration data"
+        )
 
 
 @operator("If", values=(0,))
@@ -71,21 +98,21 @@ def Loop(trips: Tensor | None, cond: Tensor | None, *states: Any, body: Body) ->
     scanned: list[list[Tensor]] = [[] for _ in range(len(body.outputs) - 1 - len(states))]
     trip = 0
     while going and (most is None or trip < most):
-        _check(trip)
+        _count_trip()
         keep_going, *values = body(torch.tensor(trip), torch.tensor(going), *kept)
         going = keep_going is None or bool(keep_going.reshape(()))
         kept = values[: len(kept)]
-        for rows, value in zip(scanned, values[len(kept) :], strict=True):
-            rows.append(value)
+        for each, value in zip(scanned, values[len(kept) :], strict=True):
+            each.append(value)
         trip += 1
     specs = body.outputs[1 + len(kept) :]
-    stacked = [_stack(rows, spec) for rows, spec in zip(scanned, specs, strict=True)]
-    return _results((*kept, *stacked))
+    rows = [_stack(each, spec) for each, spec in zip(scanned, specs, strict=True)]
+    return _results((*kept, *rows))
 
 
-def _stack(rows: Sequence[Tensor], spec: Any) -> Tensor:
+def _stack(rows: Sequence[Any], spec: Any) -> Any:
     if rows:
-        return torch.stack(list(rows))
+        return stacked(rows, 0)
     # Without a trip only the declaration says what a row would have looked like.
     shape = [size if isinstance(size, int) else 0 for size in spec.shape or ()]
     dtype = spec.dtype if isinstance(spec.dtype, torch.dtype) else torch.float32
@@ -98,7 +125,7 @@ def scan_8(
     *values: Tensor,
     body: Body,
     num_scan_inputs: int,
-    directions: Sequence[int] = (),
+    directions: Sequence[int] | None = None,
 ) -> Any:
     """Scan along axis 1 of every scan input, separately for each entry of the batch axis 0.
 
@@ -116,7 +143,7 @@ def scan_8(
     for entry in range(scans[0].shape[0]):
         length = longest if sequence_lens is None else int(sequence_lens[entry])
         rows = [x[entry, :length] for x in scans]
-        results = _scan([x[entry] for x in states], rows, body, [0] * len(rows), directions, (), ())
+        results = _scan([x[entry] for x in states], rows, body, [0] * len(rows), directions or (), (), ())
         for column, value in zip(columns, results[: len(states)], strict=False):
             column.append(value)
         for column, value in zip(columns[len(states) :], results[len(states) :], strict=True):
@@ -130,10 +157,10 @@ def scan_9(
     *values: Tensor,
     body: Body,
     num_scan_inputs: int,
-    scan_input_axes: Sequence[int] = (),
-    scan_input_directions: Sequence[int] = (),
-    scan_output_axes: Sequence[int] = (),
-    scan_output_directions: Sequence[int] = (),
+    scan_input_axes: Sequence[int] | None = None,
+    scan_input_directions: Sequence[int] | None = None,
+    scan_output_axes: Sequence[int] | None = None,
+    scan_output_directions: Sequence[int] | None = None,
 ) -> Any:
     """Run the body on each slice of the scan inputs.
 
@@ -151,9 +178,13 @@ def scan_9(
     """
     states = list(values[: len(values) - num_scan_inputs])
     scans = values[len(states) :]
-    axes = list(scan_input_axes) or [0] * len(scans)
-    results = _scan(states, scans, body, axes, scan_input_directions, scan_output_axes, scan_output_directions)
-    return _results(results)
+    axes = scan_input_axes or [0] * len(scans)
+    options = [given or () for given in (scan_input_directions, scan_output_axes, scan_output_directions)]
+    return _results(_scan(states, scans, body, axes, *options))
+
+
+def _slice(x: Any, axis: int, index: int) -> Any:
+    return x.select(axis, index) if isinstance(x, Tensor) else x.take(index, axis)
 
 
 def _scan(
@@ -173,19 +204,19 @@ def _scan(
     length = lengths.pop() if lengths else 0
     backwards = [bool(i < len(directions) and directions[i]) for i in range(len(scans))]
     for trip in range(length):
-        _check(trip)
+        _count_trip()
         slices = [
-            x.select(axis, length - 1 - trip if back else trip)
+            _slice(x, axis, length - 1 - trip if back else trip)
             for x, axis, back in zip(scans, axes, backwards, strict=True)
         ]
         values = body(*kept, *slices)
         kept = list(values[: len(kept)])
         for rows, value in zip(scanned, values[len(kept) :], strict=True):
             rows.append(value)
-    stacked = []
+    results: list[Any] = []
     for i, (rows, spec) in enumerate(zip(scanned, body.outputs[len(kept) :], strict=True)):
         if i < len(out_directions) and out_directions[i]:
             rows.reverse()
         axis = out_axes[i] if i < len(out_axes) else 0
-        stacked.append(torch.stack(rows, axis) if rows else _stack(rows, spec))
-    return [*kept, *stacked]
+        results.append(stacked(rows, axis) if rows else _stack(rows, spec))
+    return [*kept, *results]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .dtypes import STORED_ONLY, integers, scalar
+from .dtypes import STORED_ONLY, comparable, integers, moved, ordered, scalar
 from .registry import operator
 from .tensor import take
 
@@ -33,7 +33,7 @@ def gather_1(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
 def gather_elements_11(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
     """Pick one element along an axis for each element of `indices`."""
     index = _wrapped(indices, x.shape[axis])
-    return integers(lambda data: torch.gather(data, axis, index), x)
+    return moved(lambda data: torch.gather(data, axis, index), x)
 
 
 @operator("GatherND", since=11)
@@ -87,9 +87,10 @@ def scatter_elements_11(
 
 def _scatter(x: Tensor, axis: int, index: Tensor, updates: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
-        return integers(lambda data, new: data.scatter(axis, index, new), x, updates)
+        return moved(lambda data, new: data.scatter(axis, index, new), x, updates)
     mode = _REDUCE[reduction]
-    return integers(lambda data, new: data.scatter_reduce(axis, index, new, mode), x, updates)
+    by_type = ordered if reduction in ("max", "min") else integers
+    return by_type(lambda data, new: data.scatter_reduce(axis, index, new, mode), x, updates)
 
 
 @operator("TensorScatter", since=24)
@@ -111,7 +112,7 @@ def tensor_scatter_24(
         index = index + write_indices.reshape(-1, *(1,) * (cache.dim() - 1))
     if mode == "circular":
         index = index % cache.shape[axis]
-    return cache.scatter(axis, index.expand(update.shape), update)
+    return moved(lambda data, new: data.scatter(axis, index.expand(update.shape), new), cache, update)
 
 
 @operator("OneHot", since=9, values=(1,))
@@ -139,15 +140,14 @@ def top_k_10(x: Tensor, k: Tensor, *, axis: int = -1, largest: int = 1, sorted: 
 
 def _top(x: Tensor, k: int, axis: int, largest: bool) -> tuple[Tensor, Tensor]:
     # torch.topk leaves open which of equal values comes first; ONNX wants the lower index.
-    wide = x.to(torch.int64) if x.dtype in STORED_ONLY else x
-    index = torch.sort(wide, stable=True, dim=axis, descending=largest)[1].narrow(axis, 0, k)
-    return integers(lambda data: torch.gather(data, axis, index), x), index
+    index = torch.sort(comparable(x), stable=True, dim=axis, descending=largest)[1].narrow(axis, 0, k)
+    return moved(lambda data: torch.gather(data, axis, index), x), index
 
 
 @operator("NonZero", since=9, values=(0,))
 def non_zero_9(x: Tensor) -> Tensor:
     """Return the coordinates of the non-zero elements, `[rank, count]`."""
-    return torch.nonzero(x).t()
+    return torch.nonzero(x != 0 if x.dtype in STORED_ONLY else x).t()
 
 
 @operator("Compress", since=9, values=(1,))
@@ -169,7 +169,7 @@ def unique_11(x: Tensor, *, axis: int | None = None, sorted: int = 1, outputs: i
     first = unset.scatter_reduce(0, inverse, position, "amin")
     if not sorted:
         order = first.argsort()
-        values, first, counts = values.index_select(dim, order), first[order], counts[order]
+        values, first, counts = take(values, order, dim), first[order], counts[order]
         inverse = order.argsort()[inverse]
     results = (values, first, inverse, counts)
     return values if outputs == 1 else results[:outputs]
@@ -178,9 +178,9 @@ def unique_11(x: Tensor, *, axis: int | None = None, sorted: int = 1, outputs: i
 @operator("ReverseSequence", since=10)
 def reverse_sequence_10(x: Tensor, lengths: Tensor, *, batch_axis: int = 1, time_axis: int = 0) -> Tensor:
     """Reverse the first `lengths[b]` steps of each sample."""
-    ordered = x.transpose(0, time_axis) if (time_axis, batch_axis) != (0, 1) else x
+    steps_first = x.transpose(0, time_axis) if (time_axis, batch_axis) != (0, 1) else x
     steps = torch.arange(x.shape[time_axis], device=x.device).unsqueeze(1)
     source = torch.where(steps < lengths, lengths - 1 - steps, steps)
-    index = source.reshape(*source.shape, *(1,) * (x.dim() - 2)).expand(ordered.shape)
-    result = torch.gather(ordered, 0, index)
+    index = source.reshape(*source.shape, *(1,) * (x.dim() - 2)).expand(steps_first.shape)
+    result = moved(lambda data: torch.gather(data, 0, index), steps_first)
     return result.transpose(0, time_axis) if (time_axis, batch_axis) != (0, 1) else result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dtypes import STORED_ONLY, integers
+from .dtypes import STORED_ONLY, integers, ordered
 from .math import _aligned
 from .registry import operator
 
@@ -55,25 +55,25 @@ def equal_7(a: Tensor, b: Tensor) -> Tensor:
 @operator("Greater", since=7)
 def greater_7(a: Tensor, b: Tensor) -> Tensor:
     """Return a > b."""
-    return integers(torch.gt, a, b)
+    return ordered(torch.gt, a, b)
 
 
 @operator("Less", since=7)
 def less_7(a: Tensor, b: Tensor) -> Tensor:
     """Return a < b."""
-    return integers(torch.lt, a, b)
+    return ordered(torch.lt, a, b)
 
 
 @operator("GreaterOrEqual", since=12)
 def greater_or_equal_12(a: Tensor, b: Tensor) -> Tensor:
     """Return a >= b."""
-    return integers(torch.ge, a, b)
+    return ordered(torch.ge, a, b)
 
 
 @operator("LessOrEqual", since=12)
 def less_or_equal_12(a: Tensor, b: Tensor) -> Tensor:
     """Return a <= b."""
-    return integers(torch.le, a, b)
+    return ordered(torch.le, a, b)
 
 
 @operator("And", since=7)

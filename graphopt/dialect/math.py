@@ -1,4 +1,4 @@
-"""Elementwise arithmetic and casts."""
+"""Elementwise arithmetic."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dtypes import dtype_of, integers
+from .dtypes import STORED_ONLY, integers, ordered, widened
 from .registry import operator
-
-# What overflows becomes infinity or NaN unless ONNX `saturate` clamps it.
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 
 
 def _aligned(a: Tensor, b: Tensor, axis: int | None, broadcast: int) -> Tensor:
@@ -76,18 +73,36 @@ def div_7(a: Tensor, b: Tensor) -> Tensor:
     """Return a / b, truncated towards zero for integers."""
     if a.dtype.is_floating_point:
         return a / b
+    if a.dtype == torch.uint64:
+        return _quotient(a, b)
     return integers(functools.partial(torch.div, rounding_mode="trunc"), a, b)
+
+
+def _quotient(a: Tensor, b: Tensor) -> Tensor:
+    """Divide uint64, which torch would divide as int64."""
+    n, d = torch.broadcast_tensors(a.view(torch.int64), b.view(torch.int64))
+    # Half of the dividend is not negative, and twice its quotient is at most one too small.
+    twice = torch.div((n >> 1) & torch.iinfo(torch.int64).max, d, rounding_mode="trunc") * 2
+    missing = ordered(torch.ge, (n - twice * d).view(torch.uint64), d.view(torch.uint64))
+    large = ordered(torch.ge, n.view(torch.uint64), d.view(torch.uint64)).to(torch.int64)
+    return torch.where(d < 0, large, twice + missing).view(torch.uint64)
 
 
 @operator("Pow", since=7)
 def pow_7(base: Tensor, exponent: Tensor) -> Tensor:
     """Return base ** exponent in the type of the base."""
+    if not base.dtype.is_floating_point and exponent.dtype.is_floating_point:
+        return torch.pow(base.to(torch.float64), exponent.to(torch.float64)).to(base.dtype)
+    if exponent.dtype in STORED_ONLY:
+        exponent = exponent.to(torch.int64)
     return torch.pow(base, exponent).to(base.dtype)
 
 
 @operator("Mod", since=10)
 def mod_10(a: Tensor, b: Tensor, *, fmod: int = 0) -> Tensor:
     """Return the remainder of a / b: sign of b, or sign of a when `fmod`."""
+    if a.dtype == torch.uint64:
+        return sub_7(a, mul_7(_quotient(a, b), b))
     return integers(torch.fmod if fmod else torch.remainder, a, b)
 
 
@@ -106,13 +121,13 @@ def mean_1(*inputs: Tensor) -> Tensor:
 @operator("Max")
 def max_1(*inputs: Tensor) -> Tensor:
     """Return the elementwise maximum of all inputs."""
-    return functools.reduce(lambda a, b: integers(torch.maximum, a, b), inputs)
+    return functools.reduce(lambda a, b: ordered(torch.maximum, a, b), inputs)
 
 
 @operator("Min")
 def min_1(*inputs: Tensor) -> Tensor:
     """Return the elementwise minimum of all inputs."""
-    return functools.reduce(lambda a, b: integers(torch.minimum, a, b), inputs)
+    return functools.reduce(lambda a, b: ordered(torch.minimum, a, b), inputs)
 
 
 @operator("Clip")
@@ -124,14 +139,14 @@ def clip_1(x: Tensor, *, min: float = -3.4028234663852886e38, max: float = 3.402
 @operator("Clip", since=11)
 def clip_11(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
     """Limit x to the inputs [low, high], either of which may be absent; high wins where low > high."""
-    y = x if low is None else integers(torch.clamp_min, x, low.reshape(()))
-    return y if high is None else integers(torch.clamp_max, y, high.reshape(()))
+    y = x if low is None else ordered(torch.clamp_min, x, low.reshape(()))
+    return y if high is None else ordered(torch.clamp_max, y, high.reshape(()))
 
 
 @operator("Abs")
 def abs_1(x: Tensor) -> Tensor:
     """Return the absolute value."""
-    return integers(torch.abs, x)
+    return x if x.dtype in STORED_ONLY else torch.abs(x)
 
 
 @operator("Neg")
@@ -143,7 +158,7 @@ def neg_1(x: Tensor) -> Tensor:
 @operator("Sign", since=9)
 def sign_9(x: Tensor) -> Tensor:
     """Return -1, 0 or 1."""
-    return integers(torch.sign, x)
+    return (x != 0).to(x.dtype) if x.dtype in STORED_ONLY else torch.sign(x)
 
 
 @operator("Floor")
@@ -266,39 +281,6 @@ def where_9(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.where(condition, x, y)
 
 
-@operator("Cast")
-def cast_1(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Tensor:
-    """Convert to the element type `to`."""
-    dtype = dtype_of(to)
-    if torch.float8_e8m0fnu in (dtype, x.dtype):
-        raise NotImplementedError("Cast does not cover float8e8m0")
-    if dtype not in _FLOAT8:
-        return x.to(dtype)
-    wide = x.to(torch.promote_types(torch.float32, x.dtype) if x.dtype not in _FLOAT8 else torch.float32)
-    if saturate:
-        largest = torch.finfo(dtype).max
-        return wide.clamp(-largest, largest).to(dtype)
-    if dtype == torch.float8_e4m3fn:
-        # Alone among these types it saturates in torch: 464 is the last number that rounds to its maximum.
-        wide = torch.where(wide.abs() > 464, torch.full_like(wide, float("nan")), wide)
-    return wide.to(dtype)
-
-
-@operator("CastLike", since=15)
-def cast_like_15(x: Tensor, like: Tensor, *, saturate: int = 1, round_mode: str = "up") -> Tensor:
-    """Convert to the element type of `like`."""
-    if like.dtype in _FLOAT8 or torch.float8_e8m0fnu in (x.dtype, like.dtype):
-        codes = {torch.float8_e4m3fn: 17, torch.float8_e4m3fnuz: 18, torch.float8_e5m2: 19}
-        return cast_1(x, to=codes.get(like.dtype, 20), saturate=saturate, round_mode=round_mode)
-    return x.to(like.dtype)
-
-
-@operator("BitCast", since=26)
-def bit_cast_26(x: Tensor, *, to: int) -> Tensor:
-    """Reinterpret the bits as an element type of the same width."""
-    return x.view(dtype_of(to))
-
-
 @operator("IsNaN", since=9)
 def is_nan_9(x: Tensor) -> Tensor:
     """Return where x is NaN."""
@@ -308,6 +290,7 @@ def is_nan_9(x: Tensor) -> Tensor:
 @operator("IsInf", since=10)
 def is_inf_10(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> Tensor:
     """Return where x is infinite with one of the asked-for signs."""
+    x = widened(x)
     return torch.isinf(x) & ((x > 0) & bool(detect_positive) | (x < 0) & bool(detect_negative))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -176,14 +177,16 @@ def batch_normalization_14(
     outputs: int,
 ) -> Tensor | tuple[Tensor, ...]:
     """Normalise with the given statistics of each channel, or in training mode with those of x."""
+    kept, stored = x.dtype, mean.dtype
+    wide = functools.reduce(torch.promote_types, (kept, scale.dtype, stored))
+    x, scale, bias, mean, var = (p.to(wide) for p in (x, scale, bias, mean, var))
     if not training_mode:
-        same = x.dtype == scale.dtype == mean.dtype
-        mean, var, scale, bias = (p if same else p.to(x.dtype) for p in (mean, var, scale, bias))
-        return _by_statistics(x, scale, bias, mean, var, epsilon)
+        return _by_statistics(x, scale, bias, mean, var, epsilon).to(kept)
     axes = [axis for axis in range(x.dim()) if axis != 1]
-    now_var, now_mean = torch.var_mean(x.to(mean.dtype), axes, correction=0)
-    y = _by_statistics(x, scale, bias, now_mean, now_var, epsilon)
-    running = tuple(old * momentum + new * (1 - momentum) for old, new in ((mean, now_mean), (var, now_var)))
+    now_var, now_mean = torch.var_mean(x, axes, correction=0)
+    y = _by_statistics(x, scale, bias, now_mean, now_var, epsilon).to(kept)
+    pairs = ((mean, now_mean), (var, now_var))
+    running = tuple((old * momentum + new * (1 - momentum)).to(stored) for old, new in pairs)
     return y if outputs == 1 else (y, *running)[:outputs]
 
 

@@ -5,23 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dtypes import dtype_of
-from .math import cast_1
+from .cast import convert
+from .dtypes import EIGHT_BIT_FLOATS, carrier_of, code_of, dtype_of, widened
 from .nn import conv_1
 from .registry import operator
+from .rounding import to_float8
 
-_FLOAT8 = {17, 18, 19, 20}
-_CODES = {
-    torch.float8_e4m3fn: 17,
-    torch.float8_e4m3fnuz: 18,
-    torch.float8_e5m2: 19,
-    torch.float8_e5m2fnuz: 20,
-    torch.uint8: 2,
-    torch.int8: 3,
-    torch.uint16: 4,
-    torch.int16: 5,
-    torch.int32: 6,
-}
+_UINT8 = 2
+# What QuantizeLinear limits its result to, for the integer types that no torch type describes.
+_LIMITS = {21: (0, 15), 22: (-8, 7), 25: (0, 3), 26: (-2, 1)}
 
 
 def _spread(parameter: Tensor, x: Tensor, axis: int, block: int) -> Tensor:
@@ -29,14 +21,13 @@ def _spread(parameter: Tensor, x: Tensor, axis: int, block: int) -> Tensor:
     if parameter.numel() == 1:
         return parameter.reshape(())
     if block:
-        repeated = parameter.to(torch.int32 if parameter.dtype == torch.uint16 else parameter.dtype)
-        return repeated.repeat_interleave(block, axis).narrow(axis, 0, x.shape[axis])
+        return parameter.repeat_interleave(block, axis).narrow(axis, 0, x.shape[axis])
     shape = [1] * x.dim()
     shape[axis] = parameter.numel()
     return parameter.reshape(shape)
 
 
-@operator("QuantizeLinear", since=10)
+@operator("QuantizeLinear", since=10, typed=True)
 def quantize_linear_10(
     x: Tensor,
     scale: Tensor,
@@ -47,19 +38,47 @@ def quantize_linear_10(
     output_dtype: int = 0,
     precision: int = 0,
     saturate: int = 1,
+    types: tuple[int, ...] = (),
 ) -> Tensor:
-    """saturate(round(x / scale) + zero_point), halves to even."""
-    code = output_dtype or (2 if zero_point is None else _CODES[zero_point.dtype])
-    dtype = dtype_of(code)
-    wide = dtype_of(precision) if precision else torch.promote_types(torch.float32, scale.dtype)
-    ratio = x.to(wide) / _spread(scale, x, axis, block_size).to(wide)
-    if code in _FLOAT8:
-        return cast_1(ratio, to=code, saturate=saturate)
+    """saturate(round(x / scale) + zero_point), halves to even.
+
+    The quotient has the precision of the scale, or the stated one.
+    """
+    known = _UINT8 if zero_point is None else code_of(zero_point, types, 2)
+    code = output_dtype or known
+    precise = dtype_of(precision) if precision else scale.dtype
+    ratio = _quotient(x, _spread(_number(scale), x, axis, block_size), precise)
+    offset = None if zero_point is None else _spread(_number(zero_point), x, axis, block_size)
+    dtype = carrier_of(code)
+    if dtype.is_floating_point:
+        y = convert(ratio if offset is None else ratio + offset, code, saturate)
+        assert isinstance(y, Tensor)
+        return y
     y = torch.round(ratio)
-    if zero_point is not None:
-        y = y + _spread(zero_point, x, axis, block_size).to(wide)
-    limits = torch.iinfo(dtype)
-    return y.clamp(limits.min, limits.max).to(dtype)
+    if offset is not None:
+        y = y + offset
+    low, high = _LIMITS[code] if code in _LIMITS else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return y.clamp(low, high).to(dtype)
+
+
+def _quotient(x: Tensor, scale: Tensor, precise: torch.dtype) -> Tensor:
+    """Divide by the scale and round to the type `precise`; the result is as wide as what follows needs."""
+    if not precise.is_floating_point:
+        return x.to(torch.float64) / scale.to(torch.float64)
+    if precise in EIGHT_BIT_FLOATS:
+        precise = torch.float32
+    # float64 holds an int32 exactly; of two narrow floats the float32 quotient rounds like the true one.
+    wide = torch.float32 if x.dtype.is_floating_point else torch.float64
+    wide = torch.promote_types(wide, precise)
+    ratio = x.to(wide) / scale.to(wide)
+    return ratio.to(precise).to(torch.promote_types(torch.float32, precise))
+
+
+def _number(parameter: Tensor) -> Tensor:
+    """Return a scale or zero point in a type that torch computes with."""
+    if parameter.dtype == torch.uint16:
+        return parameter.to(torch.int32)
+    return widened(parameter)
 
 
 @operator("DequantizeLinear", since=10)
@@ -72,14 +91,13 @@ def dequantize_linear_10(
     block_size: int = 0,
     output_dtype: int = 0,
 ) -> Tensor:
-    """(x - zero_point) * scale in the type of the scale."""
-    wide = torch.promote_types(torch.float32, scale.dtype)
+    """(x - zero_point) * scale in the type of the scale, or the stated one."""
+    factor = _spread(_number(scale), x, axis, block_size)
+    wide = torch.promote_types(torch.float32, factor.dtype)
     y = x.to(wide)
     if zero_point is not None:
-        y = y - _spread(zero_point, x, axis, block_size).to(wide)
-    return (y * _spread(scale, x, axis, block_size).to(wide)).to(
-        dtype_of(output_dtype) if output_dtype else scale.dtype
-    )
+        y = y - _spread(_number(zero_point), x, axis, block_size).to(wide)
+    return (y * factor.to(wide)).to(dtype_of(output_dtype) if output_dtype else scale.dtype)
 
 
 @operator("DynamicQuantizeLinear", since=11)
@@ -129,11 +147,20 @@ def q_linear_mat_mul_10(
     y_zero_point: Tensor,
 ) -> Tensor:
     """Multiply quantised matrices and quantise the product."""
-    product = mat_mul_integer_10(a, b, a_zero_point, b_zero_point).to(torch.float32)
+    if a.dtype.is_floating_point or b.dtype.is_floating_point:
+        left = widened(a) - widened(_beside(a_zero_point, -2))
+        product = torch.matmul(
+            left.to(torch.float32), (widened(b) - widened(_beside(b_zero_point, -1))).to(torch.float32)
+        )
+    else:
+        product = mat_mul_integer_10(a, b, a_zero_point, b_zero_point).to(torch.float32)
     scale = _beside(a_scale, -2).to(torch.float32) * _beside(b_scale, -1).to(torch.float32)
+    ratio = product * scale / _beside(y_scale, -2).to(torch.float32)
+    if y_zero_point.dtype.is_floating_point:
+        return to_float8(ratio + widened(_beside(y_zero_point, -2)), y_zero_point.dtype, saturate=True)
     limits = torch.iinfo(y_zero_point.dtype)
-    y = torch.round(product * scale / _beside(y_scale, -2).to(torch.float32))
-    return (y + _beside(y_zero_point, -2)).clamp(limits.min, limits.max).to(y_zero_point.dtype)
+    y = torch.round(ratio) + _beside(y_zero_point, -2)
+    return y.clamp(limits.min, limits.max).to(y_zero_point.dtype)
 
 
 @operator("ConvInteger", since=10)

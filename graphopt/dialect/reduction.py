@@ -7,21 +7,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .dtypes import STORED_ONLY
+from .dtypes import comparable, integers, ordered
 from .registry import operator
 
 _Reduce = Callable[[Tensor, list[int], bool], Tensor]
 
 
 def _by_attribute(reduce: _Reduce, x: Tensor, axes: list[int] | None, keepdims: int) -> Tensor:
-    return reduce(x, axes if axes else list(range(x.dim())), bool(keepdims))
+    return _reduced(reduce, x, axes if axes else list(range(x.dim())), bool(keepdims))
 
 
 def _by_input(reduce: _Reduce, x: Tensor, axes: Tensor | None, keepdims: int, noop: int) -> Tensor:
     named = [] if axes is None else axes.reshape(-1).tolist()
     if not named and not noop:
         named = list(range(x.dim()))
-    return reduce(x, named, bool(keepdims))
+    return _reduced(reduce, x, named, bool(keepdims))
+
+
+def _reduced(reduce: _Reduce, x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
+    by_type = ordered if reduce in (_max, _min) else integers
+    return by_type(lambda wide: reduce(wide, axes, keepdim), x)
 
 
 def _sum(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
@@ -59,8 +64,6 @@ def _highest(dtype: torch.dtype) -> float:
 def _extremum(x: Tensor, axes: list[int], keepdim: bool, largest: bool) -> Tensor:
     if not axes:
         return x
-    if x.dtype in STORED_ONLY:
-        return _extremum(x.to(torch.int64), axes, keepdim, largest).to(x.dtype)
     if any(x.shape[axis] == 0 for axis in axes):
         # Nothing to choose from: the neutral element.
         empty = torch.sum(x, axes, keepdim, dtype=x.dtype)
@@ -245,6 +248,7 @@ def arg_min_1(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index:
 
 def _arg(x: Tensor, axis: int, keepdim: bool, last: bool, largest: bool) -> Tensor:
     # torch.argmax leaves open which of equal elements it returns.
+    x = comparable(x)
     hit = x == _extremum(x, [axis], True, largest)
     shape = [1] * x.dim()
     shape[axis] = x.shape[axis]

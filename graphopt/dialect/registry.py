@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from .strings import accepting_strings
+
 __all__ = ["Operator", "lookup", "operator", "operator_of", "table"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -60,6 +62,8 @@ def operator(
     """
 
     def enter(function: _Function) -> _Function:
+        if not _canonical(domain):
+            function = accepting_strings(name, function)
         entry = Operator(_canonical(domain), name, since, function, values, counted, typed)
         versions = _versions.setdefault((entry.domain, name), [])
         if function in _by_function or any(other.since == since for other in versions):

@@ -12,6 +12,12 @@ from .registry import operator
 from .tensor import take
 
 
+@operator("Upsample")
+def upsample_1(x: Tensor, *, height_scale: float, width_scale: float, mode: str = "nearest") -> Tensor:
+    """Enlarge `[N, C, H, W]` by the attributes' scales."""
+    return _upsample(x, [1.0, 1.0, height_scale, width_scale], "linear" if mode == "bilinear" else mode)
+
+
 @operator("Upsample", since=7)
 def upsample_7(x: Tensor, *, scales: list[float], mode: str = "nearest") -> Tensor:
     """Enlarge by the attribute's scales."""
@@ -31,12 +37,13 @@ def resize_10(x: Tensor, scales: Tensor, *, mode: str = "nearest") -> Tensor:
 
 
 def _upsample(x: Tensor, scales: list[float], mode: str) -> Tensor:
+    kept, x = x.dtype, _interpolated(x, mode)
     for axis, scale in enumerate(scales):
         size = math.floor(x.shape[axis] * scale)
         # onnxruntime rounds up where it shrinks; the standard is silent.
         nearest = "floor" if scale >= 1 else "ceil"
         x = _resample(x, axis, size, scale, None, mode, "asymmetric", nearest, -0.75, 0, 0, 0.0)
-    return x
+    return _finished(x, kept)
 
 
 @operator("Resize", since=11, values=(1, 2, 3))
@@ -73,13 +80,29 @@ def resize_11(
         raise ValueError("expected Resize to have scales or sizes, found neither")
     crop = coordinate_transformation_mode == "tf_crop_and_resize"
     region = roi.tolist() if crop and roi is not None else None
+    kept, x = x.dtype, _interpolated(x, mode)
     for i, axis in enumerate(named):
         box = None if region is None else (region[i], region[i + len(named)])
         x = _resample(
             x, axis, new[i], factors[i], box, mode, coordinate_transformation_mode, nearest_mode,
             cubic_coeff_a, exclude_outside, antialias, extrapolation_value,
         )  # fmt: skip
-    return x
+    return _finished(x, kept)
+
+
+def _interpolated(x: Tensor, mode: str) -> Tensor:
+    """Return integers as floats where they are interpolated: only the last result is rounded."""
+    return x if mode == "nearest" or x.dtype.is_floating_point else x.to(torch.float64)
+
+
+def _finished(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return to the type of the input; integers are rounded once, to nearest, and limited to their range."""
+    if x.dtype == dtype or dtype.is_floating_point:
+        return x.to(dtype)
+    if dtype == torch.bool:
+        return torch.round(x) != 0
+    limits = torch.iinfo(dtype)
+    return torch.round(x).clamp(limits.min, limits.max).to(dtype)
 
 
 def _resample(
@@ -176,13 +199,11 @@ def _cubic(distance: Tensor, a: float) -> Tensor:
 def _weighted(x: Tensor, axis: int, taps: Tensor, weights: Tensor) -> Tensor:
     shape = [1] * x.dim()
     shape[axis] = taps.shape[0]
-    wide = x if x.dtype.is_floating_point else x.to(torch.float32)
     parts = [
-        take(wide, taps[:, i].to(x.device), axis) * weights[:, i].to(x.device, wide.dtype).reshape(shape)
+        take(x, taps[:, i].to(x.device), axis) * weights[:, i].to(x.device, x.dtype).reshape(shape)
         for i in range(taps.shape[1])
     ]
-    total = torch.stack(parts).sum(0)
-    return total if x.dtype.is_floating_point else total.round().to(x.dtype)
+    return torch.stack(parts).sum(0)
 
 
 @operator("GridSample", since=16)
@@ -191,7 +212,9 @@ def grid_sample_16(
 ) -> Tensor:
     """Sample x at the positions in the last axis of the grid, given in [-1, 1]."""
     names = {"linear": "bilinear", "cubic": "bicubic"}
-    return F.grid_sample(x, grid, names.get(mode, mode), padding_mode, bool(align_corners))
+    wide = torch.promote_types(x.dtype, grid.dtype) if x.dtype.is_floating_point else torch.float64
+    y = F.grid_sample(x.to(wide), grid.to(wide), names.get(mode, mode), padding_mode, bool(align_corners))
+    return _finished(y, x.dtype)
 
 
 @operator("AffineGrid", since=20, values=(1,))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .dtypes import dtype_of, scalar
+from .dtypes import compute_type, dtype_of, integers, scalar
 from .registry import operator
 
 
@@ -62,11 +62,11 @@ def dft_20(
 
 
 def _dft(x: Tensor, length: int | None, axis: int, inverse: bool, onesided: bool) -> Tensor:
-    dim = axis % x.dim()
+    kept, x, dim = x.dtype, x.to(compute_type(x.dtype)), axis % x.dim()
     if inverse and onesided:
         # Only half of the spectrum is given, the other half is its conjugate; the signal is real.
         signal: Tensor = torch.fft.irfft(torch.view_as_complex(x.contiguous()), length, dim)
-        return signal.unsqueeze(-1)
+        return signal.unsqueeze(-1).to(kept)
     if x.shape[-1] == 1:
         real = x.squeeze(-1)
         spectrum = torch.fft.rfft(real, length, dim) if onesided else _full(real, length, dim, inverse)
@@ -74,7 +74,7 @@ def _dft(x: Tensor, length: int | None, axis: int, inverse: bool, onesided: bool
         spectrum = _full(torch.view_as_complex(x.contiguous()), length, dim, inverse)
         if onesided:
             spectrum = spectrum.narrow(dim, 0, spectrum.shape[dim] // 2 + 1)
-    return torch.view_as_real(spectrum)
+    return torch.view_as_real(spectrum).to(kept)
 
 
 def _full(x: Tensor, length: int | None, dim: int, inverse: bool) -> Tensor:
@@ -102,6 +102,34 @@ def stft_17(
     return _dft(frames, None, 2, False, bool(onesided))
 
 
+@operator("MelWeightMatrix", since=17, values=(0, 1, 2, 3, 4))
+def mel_weight_matrix_17(
+    num_mel_bins: Tensor,
+    dft_length: Tensor,
+    sample_rate: Tensor,
+    lower_edge_hertz: Tensor,
+    upper_edge_hertz: Tensor,
+    *,
+    output_datatype: int = 1,
+) -> Tensor:
+    """Return triangles of height 1 over the bins of a onesided DFT, `[dft_length // 2 + 1, num_mel_bins]`.
+
+    Their corners lie at equal distances on the scale 2595 log10(1 + f / 700); a corner between two bins of the DFT
+    moves to the lower one.
+    """
+    count, length = scalar(num_mel_bins), scalar(dft_length)
+    low, high = (2595 * math.log10(1 + float(edge) / 700) for edge in (lower_edge_hertz, upper_edge_hertz))
+    # Each triangle ends where the next but one begins; the standard's own outputs divide by one corner too many.
+    mel = low + torch.arange(count + 2, dtype=torch.float64) * ((high - low) / (count + 2))
+    hertz = 700 * (10 ** (mel / 2595) - 1)
+    corners = torch.floor((length + 1) * hertz / scalar(sample_rate))
+    left, centre, right = corners[:-2], corners[1:-1], corners[2:]
+    at = torch.arange(length // 2 + 1, dtype=torch.float64).unsqueeze(1)
+    rising, falling = (at - left) / (centre - left).clamp(min=1), (right - at) / (right - centre).clamp(min=1)
+    triangles = torch.where(at < centre, rising, falling).clamp(min=0)
+    return torch.where(at == centre, torch.ones_like(triangles), triangles).to(dtype_of(output_datatype))
+
+
 @operator("Col2Im", since=18, values=(1, 2))
 def col2_im_18(
     x: Tensor,
@@ -126,7 +154,8 @@ def col2_im_18(
         tap, start = _along(tap, axis, 2 * rank), _along(start, axis + rank, 2 * rank)
         target = target * size + tap + start
     flat = x.reshape(x.shape[0], x.shape[1] // math.prod(block), -1)
-    y = flat.new_zeros((*flat.shape[:2], math.prod(padded))).index_add(2, target.reshape(-1), flat)
+    place = target.reshape(-1)
+    y = integers(lambda data: data.new_zeros((*data.shape[:2], math.prod(padded))).index_add(2, place, data), flat)
     y = y.reshape((*flat.shape[:2], *padded))
     for axis, size in enumerate(image):
         y = y.narrow(axis + 2, pads[axis], size)

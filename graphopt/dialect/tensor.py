@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dtypes import STORED_ONLY, compute_type, dtype_of, scalar
+from .dtypes import compute_type, dtype_of, moved, scalar
 from .registry import operator
 
 
@@ -179,15 +179,21 @@ def _slice(x: Tensor, starts: list[int], ends: list[int], axes: list[int] | None
 
 def take(x: Tensor, index: Tensor, axis: int) -> Tensor:
     """Select along an axis by a one-dimensional index, for the element types torch cannot index too."""
-    if x.dtype in STORED_ONLY:
-        return x.to(torch.int64).index_select(axis, index).to(x.dtype)
-    return x.index_select(axis, index)
+    return moved(lambda data: data.index_select(axis, index), x)
 
 
 @operator("Expand", since=8, values=(1,))
 def expand_8(x: Tensor, shape: Tensor) -> Tensor:
     """Broadcast x and `shape` against each other."""
     return x.expand(torch.broadcast_shapes(x.shape, shape.tolist()))
+
+
+@operator("Tile", values=(1, 2))
+def tile_1(x: Tensor, tiles: Tensor, axis: Tensor) -> Tensor:
+    """Repeat x along one axis."""
+    repeats = [1] * x.dim()
+    repeats[scalar(axis)] = scalar(tiles)
+    return x.repeat(repeats)
 
 
 @operator("Tile", since=6, values=(1,))
@@ -279,7 +285,7 @@ def eye_like_9(x: Tensor, *, dtype: int | None = None, k: int = 0) -> Tensor:
 def trilu_14(x: Tensor, k: Tensor | None = None, *, upper: int = 1) -> Tensor:
     """Keep the upper or lower triangle of the matrices, from the k-th diagonal on."""
     diagonal = 0 if k is None else scalar(k)
-    return torch.triu(x, diagonal) if upper else torch.tril(x, diagonal)
+    return moved(lambda data: torch.triu(data, diagonal) if upper else torch.tril(data, diagonal), x)
 
 
 @operator("DepthToSpace")

@@ -6,15 +6,28 @@ from collections.abc import Mapping
 
 import onnx
 
+Memo = dict[int, tuple[onnx.NodeProto, tuple[str, ...]]]
+"""What each node captures, by the id of the node, which is kept alive."""
 
-def captured(node: onnx.NodeProto) -> tuple[str, ...]:
-    """Names that the node's subgraphs use but do not define, in order of first use."""
+
+def captured(node: onnx.NodeProto, memo: Memo | None = None) -> tuple[str, ...]:
+    """Names that the node's subgraphs use but do not define, in order of first use.
+
+    Args:
+        node: any node.
+        memo: remembers nodes with subgraphs; without it, bodies inside bodies are walked once for each level.
+    """
+    if memo is not None and id(node) in memo:
+        return memo[id(node)][1]
     found: dict[str, None] = {}
     for attribute in node.attribute:
         for graph in _graphs(attribute):
-            for name in free(graph):
+            for name in free(graph, memo):
                 found.setdefault(name)
-    return tuple(found)
+    names = tuple(found)
+    if memo is not None and any(a.HasField("g") or a.graphs for a in node.attribute):
+        memo[id(node)] = (node, names)
+    return names
 
 
 def _graphs(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
@@ -22,14 +35,14 @@ def _graphs(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
     return own + list(attribute.graphs)
 
 
-def free(graph: onnx.GraphProto) -> list[str]:
+def free(graph: onnx.GraphProto, memo: Memo | None = None) -> list[str]:
     """Names that a body uses but does not define, in order of use, with repetition."""
     defined = {i.name for i in graph.input} | {t.name for t in graph.initializer}
     defined |= {s.values.name for s in graph.sparse_initializer}
     defined |= {name for n in graph.node for name in n.output}
     found: list[str] = []
     for node in graph.node:
-        found += [name for name in (*node.input, *captured(node)) if name and name not in defined]
+        found += [name for name in (*node.input, *captured(node, memo)) if name and name not in defined]
     # A subgraph may return an outer value directly.
     return found + [o.name for o in graph.output if o.name and o.name not in defined]
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from graphopt.calibration import Calibration, calibration_for
+from graphopt.dialect.control import MADE_UP_TRIPS, at_most
 from graphopt.errors import CheckFailed
 from graphopt.graph import Graph
 from graphopt.rewrite.base import Equivalence, Pass
@@ -59,6 +61,20 @@ def apply(
         if isinstance(calibration, Calibration)
         else calibration_for(graph, calibration, seed=seed, sizes=sizes)
     )
+    with at_most(MADE_UP_TRIPS) if data.synthetic else nullcontext():
+        return _run(graph, items, data, seed, fit_steps, only, min_cosine, track)
+
+
+def _run(
+    graph: Graph,
+    items: Sequence[Pass],
+    data: Calibration,
+    seed: int,
+    fit_steps: int | None,
+    only: Sequence[str],
+    min_cosine: float | None,
+    track: Track,
+) -> Result:
     report = Report([spell(item) for item in items], calibration=data.description)
     current = graph
     for item in items:

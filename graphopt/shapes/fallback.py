@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from graphopt.shapes.symbols import SymbolTable, is_name
 from graphopt.shapes.trial import trials
 from graphopt.shapes.values import Unknown, is_made_up, strings
 
+# Beyond this torch cannot count the bytes.
+_MOST_ELEMENTS = 1 << 58
 SizeOf = Callable[[sympy.Symbol], int]
 
 _AS_NUMBER = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
@@ -102,6 +105,8 @@ class Fallback:
                 certain = len(agreed) == 1 and len(fitting) > 1
                 dim = agreed.pop() if certain else size_of(self._symbol(node, index, axis, dim))
             sizes.append(dim)
+        if math.prod(sizes) > _MOST_ELEMENTS:
+            return Unknown(f"{reason}; it is too large")
         dtype = declared.dtype if declared is not None else getattr(tried[0], "dtype", None)
         if not isinstance(dtype, torch.dtype):
             return strings(tuple(sizes))

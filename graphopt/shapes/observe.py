@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ from graphopt.subgraphs import SubgraphOperator
 
 # A tensor of at most this many elements keeps its values, as it may be part of shape arithmetic.
 SMALL = 1024
+# Beyond this torch cannot count the bytes.
+_MOST_ELEMENTS = 1 << 58
 # Operators that make a large tensor from small ones: the size is looked at before they run for real.
 _CREATORS = frozenset({"ConstantOfShape", "OneHot", "Tile", "Pad", "Resize", "Upsample", "CenterCropPad"})
 
@@ -97,6 +100,8 @@ class Evaluator:
         if shape is None:
             return self._input_value(node, spec, size_of)
         sizes = tuple(evaluate(dim, size_of) for dim in shape)
+        if math.prod(sizes) > _MOST_ELEMENTS:
+            return Unknown(f"input {spec} is too large")
         if isinstance(spec.dtype, torch.dtype):
             return torch.empty(sizes, dtype=spec.dtype, device="meta")
         return strings(sizes) if spec.dtype == "string" else Unknown(f"input {spec} has no torch type")
@@ -127,6 +132,10 @@ class Evaluator:
         for source in node.all_input_nodes:
             if isinstance(env[source], Unknown):
                 return self._fallback.value(node, None, {}, f"its input {source.name} is unknown", size_of)
+        whole = env[node.all_input_nodes[0]] if node.target is operator.getitem else None
+        if isinstance(whole, tuple):
+            # A node may have thousands of outputs: looking at all of them for each would be quadratic.
+            return whole[node.args[1]]  # type: ignore[index]  # the index of an output
         args: Any = fx.node.map_arg(node.args, env.__getitem__)
         kwargs: Any = fx.node.map_arg(node.kwargs, env.__getitem__)
         try:

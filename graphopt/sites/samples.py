@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from graphopt.dialect.control import MADE_UP_TRIPS, at_most
 from graphopt.errors import GraphOptError
 from graphopt.execute import GraphInterpreter
 from graphopt.graph import Dim, Graph, TorchSource, ValueSpec
@@ -248,7 +249,7 @@ def run_part(
     freed: dict[fx.Node, list[fx.Node]] = {}
     for parent, node in last.items():
         freed.setdefault(node, []).append(parent)
-    with torch.no_grad():
+    with torch.no_grad(), at_most(MADE_UP_TRIPS):
         for node in plan:
             if any(parent not in interpreter.env for parent in node.all_input_nodes):
                 continue

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from graphopt.errors import GraphOptError
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -64,6 +66,8 @@ def difference(expected: Any, found: Any) -> Difference:
     return Difference(float(delta.abs().max()), rms / (scale or 1.0), _cosine(finite, finite - delta), bitwise)
 
 
+# As float64 these are 16 GB; an expanded value may claim any size without taking memory.
+_MOST_ELEMENTS = 1 << 31
 _SAME = Difference(0.0, 0.0, 1.0, True)
 _WORST = Difference(float("inf"), float("inf"), 0.0, False)
 
@@ -75,6 +79,8 @@ def _float64(value: Any) -> torch.Tensor | None:
         value = torch.from_numpy(np.ascontiguousarray(value))
     if not isinstance(value, torch.Tensor) or value.is_complex():
         return None
+    if value.numel() > _MOST_ELEMENTS:
+        raise GraphOptError(f"cannot compare values of {list(value.shape)}: they would take more than 16 GB as float64")
     return value.detach().to(torch.float64)
 
 

@@ -159,7 +159,10 @@ class Facts:
         view = View(self, node, entry)
         fact = Fact()
         if entry.domain == "":
-            fact = Fact(element_type(view), shape_of(view), elements_of(view))
+            try:
+                fact = Fact(element_type(view), shape_of(view), elements_of(view))
+            except (ArithmeticError, LookupError, TypeError, ValueError):  # attributes that make no sense
+                return UNKNOWN
         outputs = node.kwargs.get("outputs", 1)
         if isinstance(outputs, int) and outputs > 1:
             return self._several(view, entry, fact, outputs)

@@ -85,7 +85,10 @@ def _rewritten(w: Workspace, table: dict[str, list[rules.Rule]], node: fx.Node) 
     for rule in rules.matching(table, node):
         if not w.allows(rule.name, node):
             continue
-        new = rule.apply(w, node)
+        try:
+            new = rule.apply(w, node)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+            continue  # operands or attributes that make no sense: no rule applies to them
         if new is not None and w.replace(rule.name, node, new, f"{rule.pattern} -> {rule.replacement}"):
             return new
     return None

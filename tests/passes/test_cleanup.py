@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from graphopt.calibration import Calibration
+from graphopt.errors import GraphOptError
 from graphopt.frontends.onnx import load_onnx
 from graphopt.graph import Graph
 from graphopt.onnxfile import OnnxFile
@@ -188,7 +189,7 @@ def test_huge_generator_is_not_even_evaluated() -> None:
            "{ c = ConstantOfShape(s) m = ReduceMax<keepdims = 0>(c) z = Where(t, x, m) y = Neg(z) }"  # fmt: skip
     graph = model(text)
     started = time.perf_counter()
-    with pytest.raises(RuntimeError):  # the comparison runs the original, which needs 4 PB
+    with pytest.raises(GraphOptError, match="allocate"):  # the comparison runs the original, which needs 4 PB
         Cleanup(rules=("fold", "where-constant")).run(graph, context((torch.randn(4),)))
     assert time.perf_counter() - started < 20
 
@@ -215,7 +216,7 @@ def test_what_is_undefined_is_not_folded(text: str) -> None:
     rewrite = Cleanup(skip=("dead-node", "where-constant"))
     try:
         _, reports = rewrite.run(graph, context((torch.ones(1),)))
-    except RuntimeError:
+    except GraphOptError:
         return  # the model itself divides by zero
     assert "fold" not in kinds(reports)
 

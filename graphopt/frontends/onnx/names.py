@@ -5,11 +5,12 @@ from __future__ import annotations
 import keyword
 import re
 import unicodedata
+from collections import Counter
 
 import torch
 
 # Attributes that every module has; a weight of such a name would hide one.
-_RESERVED = frozenset(dir(torch.nn.Module())) | frozenset(dir(torch.fx.GraphModule))
+_RESERVED = frozenset(dir(torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())))
 # fx writes a weight's name into Python source, between quotes where it is no identifier.
 _PLAIN = re.compile(r"[\w:/ \-\[\]();,=+@#$%&~]+")
 _UNFIT = re.compile(r"[^0-9A-Za-z]")
@@ -28,15 +29,16 @@ class InputNames:
 
     def __init__(self) -> None:
         self._taken = {"self"}
+        self._counts: Counter[str] = Counter()
 
     def claim(self, name: str) -> str:
         """A free identifier, as near to `name` as can be."""
         stem = identifier(name)
         stem = f"{stem}_" if keyword.iskeyword(stem) else stem
-        found, count = stem, 0
+        found = stem
         while found in self._taken:
-            count += 1
-            found = f"{stem}_{count}"
+            self._counts[stem] += 1
+            found = f"{stem}_{self._counts[stem]}"
         self._taken.add(found)
         return found
 
@@ -47,6 +49,7 @@ class AttributeNames:
     def __init__(self) -> None:
         self._taken: set[str] = set()
         self._prefixes: set[str] = set()
+        self._counts: Counter[str] = Counter()
 
     def claim(self, name: str) -> str:
         """The weight's own dotted name where torch can hold it, else a flat one."""
@@ -55,10 +58,10 @@ class AttributeNames:
         held = len(name) <= _LONGEST and all(_plain(p) for p in parts)
         clash = prefixes & self._taken or name in self._prefixes
         target = name if held and not clash else f"weight_{identifier(name)}"
-        stem, count = target, 0
+        stem = target
         while target in self._taken or target in self._prefixes:
-            count += 1
-            target = f"{stem}_{count}"
+            self._counts[stem] += 1
+            target = f"{stem}_{self._counts[stem]}"
         self._taken.add(target)
         self._prefixes |= prefixes if target == name else set()
         return target

@@ -8,16 +8,21 @@ import networkx as nx
 import onnx
 
 from graphopt.errors import GraphOptError
-from graphopt.onnxfile.scopes import captured
+from graphopt.onnxfile.scopes import Memo, captured
 
 
-def order(nodes: Sequence[onnx.NodeProto], defined: Collection[str]) -> list[int]:
+def order(nodes: Sequence[onnx.NodeProto], defined: Collection[str], memo: Memo) -> list[int]:
     """An order in which every producer comes first: the file's own where it is one.
+
+    Args:
+        nodes: of one graph.
+        defined: names that stand before the first node.
+        memo: see `graphopt.onnxfile.scopes.captured`.
 
     Raises:
         GraphOptError: the nodes form a cycle.
     """
-    uses = [[n for n in (*node.input, *captured(node)) if n] for node in nodes]
+    uses = [[n for n in (*node.input, *captured(node, memo)) if n] for node in nodes]
     known = set(defined)
     for node, used in zip(nodes, uses, strict=True):
         if not known.issuperset(used):

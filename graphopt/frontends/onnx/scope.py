@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
@@ -23,11 +23,13 @@ from graphopt.frontends.onnx.types import ElementTypes
 from graphopt.frontends.onnx.weights import constant_value, densify
 from graphopt.graph import Graph, GraphModule, Origin, ValueSpec, attribute, set_attribute
 from graphopt.onnxfile import OnnxFile, TensorReader
-from graphopt.onnxfile.scopes import captured, free
+from graphopt.onnxfile.scopes import Memo, captured, free
 from graphopt.opaque import OpaqueOperator
 from graphopt.subgraphs import SubgraphOperator, call_function
 
 _BODIES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+# Types are what an empty optional declares; values need no declaration here.
+_UNUSED = (*_BODIES, onnx.AttributeProto.TYPE_PROTO, onnx.AttributeProto.TYPE_PROTOS)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Shared:
     reader: TensorReader
     functions: Functions
     opsets: Mapping[str, int]
+    captured: Memo = field(default_factory=dict)
+    bodies: dict[Any, Graph] = field(default_factory=dict)
+    """Of functions, by everything that a call decides about them."""
 
 
 def opsets_of(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
@@ -86,7 +91,7 @@ class Scope:
             self._weight(tensor.name, tensor)
         for sparse in proto.sparse_initializer:
             self._store(sparse.values.name, densify(sparse, self.shared.reader))
-        for index in order(proto.node, self.values.keys()):
+        for index in order(proto.node, self.values.keys(), self.shared.captured):
             self._node(index, proto.node[index])
         self.graph.output(tuple(self._value(o.name, "the graph's output") for o in proto.output))
         module = GraphModule(self.root, self.graph, class_name="OnnxModule")
@@ -106,7 +111,7 @@ class Scope:
         """Take over what the body uses from outside: weights are shared, all else becomes an input."""
         if self.outer is None:
             return []
-        names = list(dict.fromkeys(free(self.proto)))
+        names = list(dict.fromkeys(free(self.proto, self.shared.captured)))
         taken = [name for name in names if self.outer.weight_of(name) is None]
         for name in taken:
             self._input(name)
@@ -151,7 +156,7 @@ class Scope:
             node.meta["onnx"] = Origin(proto, index, node.target, {})
             return
         args = [self._value(name, f"node {proto.name!r}") if name else None for name in proto.input]
-        outer = captured(proto)
+        outer = captured(proto, self.shared.captured)
         for name in outer:
             self._value(name, f"a subgraph of node {proto.name!r}")
         # Bodies see weights by themselves; onnxruntime has to be given them.
@@ -196,8 +201,8 @@ class Scope:
         return self.graph.create_node("call_function", entry.function, tuple(args), kwargs, name=name)
 
     def _keywords(self, entry: dialect.Operator, proto: onnx.NodeProto) -> dict[str, Any]:
-        # Of opset 1 only: which inputs may be overwritten, which nothing here ever does.
-        given = [a for a in proto.attribute if a.type not in _BODIES and a.name != "consumed_inputs"]
+        # `consumed_inputs` is of opset 1 only: which inputs may be overwritten, which nothing here ever does.
+        given = [a for a in proto.attribute if a.type not in _UNUSED and a.name != "consumed_inputs"]
         kwargs = {parameter_name(a.name): _plain(a) for a in given}
         for key, value in kwargs.items():
             if isinstance(value, onnx.TensorProto):
@@ -244,15 +249,23 @@ class Scope:
         check_call(function, proto)
 
         def bodies() -> Mapping[str, Graph]:
+            types = tuple(self.types[name] if name else 0 for name in proto.input)
+            attributes = tuple(a.SerializeToString(deterministic=True) for a in proto.attribute)
+            key = (function.domain, function.name, function.overload, attributes, len(proto.output), types)
+            if key not in self.shared.bodies:
+                self.shared.bodies[key] = imported(types)
+            return {"body": self.shared.bodies[key]}
+
+        def imported(types: Sequence[int]) -> Graph:
             graph = body(function, proto)
             source = onnx.ModelProto(ir_version=self.shared.file.proto.ir_version, opset_import=function.opset_import)
             file = OnnxFile(source, self.shared.file.path)
             opsets = opsets_of(function.opset_import or self.shared.file.proto.opset_import)
-            shared = Shared(file, self.shared.reader, self.shared.functions, opsets)
+            shared = Shared(file, self.shared.reader, self.shared.functions, opsets, bodies=self.shared.bodies)
             scope = Scope(shared, graph)
-            for formal, given in zip(function.input, proto.input, strict=False):
-                scope.types.set(formal, self.types[given] if given else 0)
-            return {"body": scope.run()}
+            for formal, code in zip(function.input, types, strict=False):
+                scope.types.set(formal, code)
+            return scope.run()
 
         attributes = {"outputs": len(proto.output)}
         return SubgraphOperator(proto, call_function, attributes, bodies, is_call=True)

@@ -157,6 +157,8 @@ def grouped(view: View, node: fx.Node) -> AttentionSite:
         options.get(f"{x}_quant_type", "NONE") != "NONE" for x in ("k", "v")
     ):
         raise RefusedError(f"{name_of(node)} normalises its operands or quantises its cache")
+    if options.get("sliding_window_cache"):
+        raise RefusedError(f"{name_of(node)} keeps a window of its cache, whose rows are no absolute positions")
     if not options.get("causal", 1):
         raise RefusedError(f"{name_of(node)} is not causal and has a cache")
     heads, kv_heads = int(options["num_heads"]), int(options["kv_num_heads"])
