@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -24,18 +24,26 @@ Enter = Callable[["Graph", Sequence[Any]], None]
 class GraphInterpreter(fx.Interpreter):
     """Interprets an fx graph and reports each node's value to an observer, and each call of a body to another."""
 
-    def __init__(self, graph: Graph, observe: Observer | None = None, enter: Enter | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        observe: Observer | None = None,
+        enter: Enter | None = None,
+        weights: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(graph.module, garbage_collect_values=True)
         self.extra_traceback = False  # fx would add several lines of its own to every error
         self._graph = graph
         self._observe = observe
         self._enter = enter
+        self._weights = weights or {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; an operator that its torch function does not cover runs on onnxruntime."""
         try:
             try:
-                value = super().run_node(n)
+                fed = n.op == "get_attr" and n.meta.get("onnx_name") in self._weights
+                value = self._weights[n.meta["onnx_name"]] if fed else super().run_node(n)
             except NotImplementedError:
                 value = self._on_onnxruntime(n)
         except GraphOptError:
@@ -63,7 +71,8 @@ class GraphInterpreter(fx.Interpreter):
         if origin is None or source is None or not origin.holds_for(n):
             raise
         args, _ = self.fetch_args_kwargs_from_env(n)
-        operator = OpaqueOperator(origin.proto, (), source.proto.opset_import, source.proto.functions, {})
+        types = n.kwargs.get("types", ())  # of the functions to which int4 is not int8
+        operator = OpaqueOperator(origin.proto, (), source.proto.opset_import, source.proto.functions, {}, types)
         return operator(*args)
 
 
@@ -77,7 +86,11 @@ def _failure(node: fx.Node, error: Exception) -> str:
 
 
 def execute(
-    graph: Graph, values: Sequence[Any], observe: Observer | None = None, enter: Enter | None = None
+    graph: Graph,
+    values: Sequence[Any],
+    observe: Observer | None = None,
+    enter: Enter | None = None,
+    weights: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """Run `graph` on flat values and return its outputs flat.
 
@@ -86,6 +99,7 @@ def execute(
         values: one per input, in order.
         observe: called with each node and its value, right after the node ran; with those in bodies too.
         enter: called with each body and the values that it is run on.
+        weights: values, by ONNX name, that take the place of the model's own.
 
     Raises:
         GraphOptError: the number of values differs from the number of inputs.
@@ -94,7 +108,7 @@ def execute(
         raise GraphOptError(f"expected {len(graph.inputs)} inputs, got {len(values)}")
     if graph.body is None:
         start_run()
-    result = GraphInterpreter(graph, observe, enter).run(*values, enable_io_processing=False)
+    result = GraphInterpreter(graph, observe, enter, weights).run(*values, enable_io_processing=False)
     flat: list[Any] = []
 
     def collect(item: Any) -> None:

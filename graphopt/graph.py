@@ -25,6 +25,8 @@ from graphopt.onnxfile.tensors import element_type, to_numpy
 from graphopt.subgraphs import SubgraphOperator
 
 GraphModule = _LazyGraphModule
+# Before, every initialiser had to stand among the inputs, and none could be fed.
+_IR_OF_DEFAULTS = 4
 
 if TYPE_CHECKING:
     from graphopt.rewrite.report import Result
@@ -133,6 +135,17 @@ class Graph:
         return None if self.onnx is None else self.onnx.proto.graph
 
     @property
+    def defaults(self) -> dict[str, ValueSpec]:
+        """Inputs of an .onnx file that need not be fed, since initialisers of the same name give their values."""
+        if self.onnx is None or self.body is not None or self.onnx.proto.ir_version < _IR_OF_DEFAULTS:
+            return {}
+        from graphopt.frontends.onnx.specs import value_spec
+
+        proto = self.onnx.proto.graph
+        stored = {t.name for t in proto.initializer} | {s.values.name for s in proto.sparse_initializer}
+        return {value.name: value_spec(value) for value in proto.input if value.name in stored}
+
+    @property
     def placeholders(self) -> tuple[Node, ...]:
         """The input nodes, in the order of `inputs`."""
         return tuple(n for n in self.nodes if n.op == "placeholder")
@@ -155,15 +168,21 @@ class Graph:
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run on arrays by input name and return arrays by output name.
 
-        Types that numpy lacks are those of ml_dtypes; those of fewer than 8 bits are also taken as int8, uint8 or
+        An input that has a default in the model may be left out. Types that numpy lacks are those of ml_dtypes; those of fewer than 8 bits are also taken as int8, uint8 or
         float8_e4m3fn. Text is an object array of `str`, a sequence a list, an empty optional None.
 
         Raises:
             GraphOptError: an input is missing, unknown, or has the wrong type or rank.
         """
-        values = [from_feed(v) for v in self.ordered(feeds)]
+        from graphopt.execute import execute
+
+        defaults = self.defaults
+        replaced = {name: feeds[name] for name in feeds if name in defaults}
+        for name, value in replaced.items():
+            check_value(defaults[name], value)
+        values = [from_feed(v) for v in self.ordered({k: v for k, v in feeds.items() if k not in replaced})]
         with torch.no_grad():
-            results = self.execute(*values)
+            results = execute(self, values, weights={name: from_feed(v) for name, v in replaced.items()})
         named = zip(self.outputs, results, strict=True)
         return {spec.name: to_numpy(value, element_type(spec.dtype)) for spec, value in named}
 

@@ -37,14 +37,46 @@ def _graphs(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
 
 def free(graph: onnx.GraphProto, memo: Memo | None = None) -> list[str]:
     """Names that a body uses but does not define, in order of use, with repetition."""
-    defined = {i.name for i in graph.input} | {t.name for t in graph.initializer}
-    defined |= {s.values.name for s in graph.sparse_initializer}
-    defined |= {name for n in graph.node for name in n.output}
+    own = defined(graph)
     found: list[str] = []
     for node in graph.node:
-        found += [name for name in (*node.input, *captured(node, memo)) if name and name not in defined]
+        found += [name for name in (*node.input, *captured(node, memo)) if name and name not in own]
     # A subgraph may return an outer value directly.
-    return found + [o.name for o in graph.output if o.name and o.name not in defined]
+    return found + [o.name for o in graph.output if o.name and o.name not in own]
+
+
+def defined(graph: onnx.GraphProto) -> set[str]:
+    """Names that a graph defines: its inputs, its weights, and what its nodes compute."""
+    found = {i.name for i in graph.input} | {t.name for t in graph.initializer}
+    found |= {s.values.name for s in graph.sparse_initializer}
+    return found | {name for n in graph.node for name in n.output}
+
+
+def defined_within(node: onnx.NodeProto) -> set[str]:
+    """Names that the node's subgraphs define, at any depth."""
+    found: set[str] = set()
+    for attribute in node.attribute:
+        for graph in _graphs(attribute):
+            found |= defined(graph)
+            for inner in graph.node:
+                found |= defined_within(inner)
+    return found
+
+
+def trained(model: onnx.ModelProto) -> set[str]:
+    """Names of the weights that the model's own training assigns to: they are no constants."""
+    bindings = (b for t in model.training_info for b in (*t.initialization_binding, *t.update_binding))
+    return {binding.key for binding in bindings}
+
+
+def mentioned(model: onnx.ModelProto) -> set[str]:
+    """Names of the main graph that the model uses outside of it: for training, or to describe a quantisation."""
+    found = trained(model)
+    for training in model.training_info:
+        found.update(free(training.initialization), free(training.algorithm))
+    for annotation in model.graph.quantization_annotation:
+        found.update(parameter.value for parameter in annotation.quant_parameter_tensor_names)
+    return found
 
 
 def rename(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
@@ -53,10 +85,18 @@ def rename(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
     twin.CopyFrom(node)
     for i, name in enumerate(twin.input):
         twin.input[i] = names.get(name, name)
+    rename_shards(twin, names)
     for attribute in twin.attribute:
         for graph in _graphs(attribute):
             _rename_free(graph, names)
     return twin
+
+
+def rename_shards(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
+    """Let the node's device configurations speak of the new names of its operands and results; in place."""
+    for device in node.device_configurations:
+        for spec in device.sharding_spec:
+            spec.tensor_name = names.get(spec.tensor_name, spec.tensor_name)
 
 
 def _rename_free(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:

@@ -60,13 +60,16 @@ _PACKED = {numpy_type(code): code for code in CARRIERS}
 _FROM_NUMPY = {numpy_type(code): code for code in TORCH_DTYPES} | _PACKED
 
 
+_NOTHING = np.empty(0, np.uint8)
+
+
 class TensorReader:
     """Turns TensorProtos into torch tensors; external data is mapped copy-on-write, once per file."""
 
     def __init__(self, folder: Path | None) -> None:
         """Args: folder: the directory that external data must lie in."""
         self._folder = folder
-        self._maps: dict[Path, np.memmap[Any, np.dtype[np.uint8]]] = {}
+        self._maps: dict[Path, _Array] = {}
 
     def value(self, proto: onnx.TensorProto) -> torch.Tensor | _Array:
         """The tensor's value: an object array of `str` for strings, a carrier for types that torch lacks.
@@ -85,13 +88,14 @@ class TensorReader:
         if is_external(proto):
             return _view(self._mapped(proto), TORCH_DTYPES[code], proto)
         if proto.HasField("raw_data"):
-            return _view(memoryview(proto.raw_data), TORCH_DTYPES[code], proto)
+            return _view(memoryview(proto.raw_data), TORCH_DTYPES[code], proto, exact=True)
         return from_numpy(_typed(proto))
 
     def _mapped(self, proto: onnx.TensorProto) -> _Array:
         span = external_span(proto, self._folder)
         if span.path not in self._maps:
-            self._maps[span.path] = np.memmap(span.path, dtype=np.uint8, mode="c")
+            empty = not span.path.stat().st_size  # mmap refuses an empty file
+            self._maps[span.path] = _NOTHING if empty else np.memmap(span.path, dtype=np.uint8, mode="c")
         end = None if span.length is None else span.offset + span.length
         return self._maps[span.path][span.offset : end]
 
@@ -135,10 +139,14 @@ def _check_size(proto: onnx.TensorProto, wanted: int, found: int) -> None:
         )
 
 
-def _view(buffer: Any, dtype: torch.dtype, proto: onnx.TensorProto) -> torch.Tensor:
+def _view(buffer: Any, dtype: torch.dtype, proto: onnx.TensorProto, *, exact: bool = False) -> torch.Tensor:
     dims = list(proto.dims)
     wanted = math.prod(dims) * dtype.itemsize
     _check_size(proto, wanted, len(buffer))
+    if exact and len(buffer) != wanted:
+        raise GraphOptError(
+            f"tensor {proto.name!r} of shape {dims} takes {wanted} bytes, but the file holds {len(buffer)}; it is corrupt"
+        )
     if wanted == 0:
         return torch.empty(dims, dtype=dtype)
     with warnings.catch_warnings():

@@ -32,7 +32,8 @@ def callable_of(graph: Graph, node: fx.Node) -> Callable[..., Any] | None:
     if origin is None or graph.onnx is None or not origin.holds_for(node):
         return node.target if callable(node.target) else None
     source = graph.onnx.proto
-    opaque = OpaqueOperator(origin.proto, (), source.opset_import, source.functions, {})
+    types: Any = node.kwargs.get("types", ())
+    opaque = OpaqueOperator(origin.proto, (), source.opset_import, source.functions, {}, types)
     function = node.target
 
     def run(*args: Any, **kwargs: Any) -> Any:
