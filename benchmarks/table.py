@@ -114,9 +114,52 @@ def _recognition(result: _Result) -> list[str]:
     return ["## Attention recognised", _table(["suite", "recognised", "candidates"], rows)]
 
 
+def _conformance(result: _Result) -> list[str]:
+    checks: dict[str, dict[str, dict[str, int]]] = {}
+    for entry in result["checks"]:
+        checks.setdefault(entry["tool"], {})[entry["check"]] = entry["kinds"]
+    rows = [
+        [
+            tool,
+            *(_same(found.get(check)) for check in ("outputs", "onnxruntime", "bits", "model")),
+            result["rewrite_and_run_s"].get(tool, "-"),
+        ]
+        for tool, found in checks.items()
+    ]
+    columns = ["tool", "published outputs", "same on onnxruntime", "bit by bit", "same model", "seconds"]
+    failed = [
+        [tool, check, ", ".join(f"{count} {kind}" for kind, count in kinds.items() if kind != "same")]
+        for tool, found in checks.items()
+        for check, kinds in found.items()
+        if check != "bits" and kinds.keys() != {"same"}
+    ]
+    models, runs = sum(result["models"].values()), sum(result["onnxruntime_runs"].values())
+    return [
+        "## Conformance",
+        f"The {models} models of the onnx package's backend suite. Published outputs: the tool itself computes them,\n"
+        f"at the suite's tolerances. Same on onnxruntime: of the {runs} models that onnxruntime runs, what the tool\n"
+        "wrote gives the outputs of the original (1e-3 relative, 1e-5 absolute), then bit by bit. Same model: a round\n"
+        "trip gives the same protobuf, up to fields that are set to nothing. Seconds: to rewrite and run the node\n"
+        "models once, in a process of its own.",
+        _table(columns, rows),
+        _table(["tool", "check", "failures"], failed),
+        "Round trip, session and run of the node models, alternating in one process: "
+        + ", ".join(f"{tool} {times['median']:.1f} s" for tool, times in result["sweep_s"].items())
+        + ".\n`nothing` is the session and the run alone.",
+    ]
+
+
+def _same(kinds: dict[str, int] | None) -> str:
+    if kinds is None:
+        return "-"
+    # An empty domain means the same as none.
+    return f"{kinds.get('same', 0) + kinds.get('other empty fields', 0)} of {sum(kinds.values())}"
+
+
 _SECTIONS: dict[str, Callable[[_Result], list[str]]] = {
     "minilm_quality": _quality,
     "attention_latency": _latency,
     "large_model": _large,
     "attention_recognition": _recognition,
+    "conformance": _conformance,
 }

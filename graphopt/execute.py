@@ -71,7 +71,7 @@ class GraphInterpreter(fx.Interpreter):
         if origin is None or source is None or not origin.holds_for(n):
             raise
         args, _ = self.fetch_args_kwargs_from_env(n)
-        types = n.kwargs.get("types", ())  # of the functions to which int4 is not int8
+        types: Any = n.kwargs.get("types", ())  # of the functions to which int4 is not int8
         operator = OpaqueOperator(origin.proto, (), source.proto.opset_import, source.proto.functions, {}, types)
         return operator(*args)
 

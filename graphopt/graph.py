@@ -168,8 +168,9 @@ class Graph:
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run on arrays by input name and return arrays by output name.
 
-        An input that has a default in the model may be left out. Types that numpy lacks are those of ml_dtypes; those of fewer than 8 bits are also taken as int8, uint8 or
-        float8_e4m3fn. Text is an object array of `str`, a sequence a list, an empty optional None.
+        An input that has a default in the model may be left out. Types that numpy lacks are those of ml_dtypes; those
+        of fewer than 8 bits are also taken as int8, uint8 or float8_e4m3fn. Text is an object array of `str`, a
+        sequence a list, an empty optional None.
 
         Raises:
             GraphOptError: an input is missing, unknown, or has the wrong type or rank.

@@ -145,7 +145,8 @@ def _view(buffer: Any, dtype: torch.dtype, proto: onnx.TensorProto, *, exact: bo
     _check_size(proto, wanted, len(buffer))
     if exact and len(buffer) != wanted:
         raise GraphOptError(
-            f"tensor {proto.name!r} of shape {dims} takes {wanted} bytes, but the file holds {len(buffer)}; it is corrupt"
+            f"tensor {proto.name!r} of shape {dims} takes {wanted} bytes, but the file holds {len(buffer)}; "
+            "it is corrupt"
         )
     if wanted == 0:
         return torch.empty(dims, dtype=dtype)
