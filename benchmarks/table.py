@@ -120,7 +120,7 @@ def _conformance(result: _Result) -> list[str]:
         checks.setdefault(entry["tool"], {})[entry["check"]] = entry["kinds"]
     rows = [
         [
-            tool,
+            f"{tool} {result['tools'][tool]}",
             *(_same(found.get(check)) for check in ("outputs", "onnxruntime", "bits", "model")),
             result["rewrite_and_run_s"].get(tool, "-"),
         ]
@@ -143,7 +143,7 @@ def _conformance(result: _Result) -> list[str]:
         "models once, in a process of its own.",
         _table(columns, rows),
         _table(["tool", "check", "failures"], failed),
-        "Round trip, session and run of the node models, alternating in one process: "
+        f"Round trip, session and run of {result['sweep_models']} node models, alternating in one process: "
         + ", ".join(f"{tool} {times['median']:.1f} s" for tool, times in result["sweep_s"].items())
         + ".\n`nothing` is the session and the run alone.",
     ]
