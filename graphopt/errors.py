@@ -14,6 +14,10 @@ class GraphOptError(Exception):
     exit_code = 2
 
 
+class NoRuntime(GraphOptError):
+    """Nothing here can run the model, whatever its inputs: an operator is unknown, or onnxruntime is missing."""
+
+
 class CheckFailed(GraphOptError):
     """A verification missed its tolerance; no output file was written."""
 

@@ -91,6 +91,7 @@ def execute(
     observe: Observer | None = None,
     enter: Enter | None = None,
     weights: Mapping[str, Any] | None = None,
+    interpreter: type[GraphInterpreter] = GraphInterpreter,
 ) -> tuple[Any, ...]:
     """Run `graph` on flat values and return its outputs flat.
 
@@ -100,6 +101,7 @@ def execute(
         observe: called with each node and its value, right after the node ran; with those in bodies too.
         enter: called with each body and the values that it is run on.
         weights: values, by ONNX name, that take the place of the model's own.
+        interpreter: what runs the nodes of `graph` itself.
 
     Raises:
         GraphOptError: the number of values differs from the number of inputs.
@@ -108,7 +110,7 @@ def execute(
         raise GraphOptError(f"expected {len(graph.inputs)} inputs, got {len(values)}")
     if graph.body is None:
         start_run()
-    result = GraphInterpreter(graph, observe, enter, weights).run(*values, enable_io_processing=False)
+    result = interpreter(graph, observe, enter, weights).run(*values, enable_io_processing=False)
     flat: list[Any] = []
 
     def collect(item: Any) -> None:

@@ -317,12 +317,17 @@ def set_attribute(module: torch.nn.Module, target: str, value: Any) -> None:
 
 
 def fresh_attribute(module: torch.nn.Module, stem: str) -> str:
-    """A dotted name that starts with `stem` and is not taken."""
-    name, count = stem, 0
-    while True:
-        try:
-            attribute(module, name)
-        except AttributeError:
-            return name
+    """A dotted name that starts with `stem`, is not taken, and leads through modules alone."""
+    owner: Any = module
+    found: list[str] = []
+    *path, last = stem.split(".")
+    for part in path:
+        while hasattr(owner, part) and not isinstance(getattr(owner, part), torch.nn.Module):
+            part += "_"  # a weight, or one of the attributes that every module has
+        found.append(part)
+        owner = getattr(owner, part, None)
+    name, count = last, 0
+    while hasattr(owner, name):
         count += 1
-        name = f"{stem}_{count}"
+        name = f"{last}_{count}"
+    return ".".join([*found, name])

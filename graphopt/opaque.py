@@ -10,7 +10,7 @@ import onnx
 import onnx.helper
 import torch
 
-from graphopt.errors import GraphOptError
+from graphopt.errors import GraphOptError, NoRuntime
 from graphopt.onnxfile.packed import CARRIERS
 from graphopt.onnxfile.tensors import ONNX_DTYPES, TORCH_DTYPES, element_type, from_numpy, to_numpy, to_tensor_proto
 
@@ -30,8 +30,13 @@ _STAND_INS: dict[int, int] = {
     _P.UINT2: _P.UINT8,
     **dict.fromkeys((_P.BFLOAT16, *_EIGHT_BIT_FLOATS), _P.FLOAT),
 }
+# What onnxruntime says of an operator that it does not know, or has no kernel for: no other input would help.
+_UNKNOWN = ("is not a registered function/op", "No Op registered for", "NOT_IMPLEMENTED")
 _FED, _RETURNED = "graphopt_fed_", "graphopt_returned_"
 _SCALARS: dict[type, int] = {int: _P.INT64, float: _P.FLOAT, str: _P.STRING}
+
+
+_RUNTIME_DOMAINS = ("ai.onnx", "com.microsoft", "com.ms.")
 
 
 class OpaqueOperator(torch.nn.Module):
@@ -158,10 +163,15 @@ class OpaqueOperator(torch.nn.Module):
         try:
             import onnxruntime
         except ImportError as error:
-            raise GraphOptError(
+            raise NoRuntime(
                 f"operator {self.extra_repr()} has no torch meaning and runs on onnxruntime, which is not installed; "
                 "install graphopt[cpu]"
             ) from error
+        own = {(function.domain, function.name) for function in self._functions}
+        foreign = bool(self.proto.domain) and not self.proto.domain.startswith(_RUNTIME_DOMAINS)
+        if foreign and (self.proto.domain, self.proto.op_type) not in own:
+            # Asking onnxruntime takes milliseconds, and a model may hold thousands of such nodes.
+            raise NoRuntime(f"operator {self.extra_repr()} has no torch meaning, and onnxruntime has no such domain")
         opsets = list(self._opsets)
         if not any(opset.domain in ("", "ai.onnx") for opset in opsets):
             opsets.append(onnx.helper.make_opsetid("", _CAST_OPSET))
@@ -172,7 +182,8 @@ class OpaqueOperator(torch.nn.Module):
             return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             reason = next(iter(str(error).splitlines()), "")[:300]
-            raise GraphOptError(
+            unknown = any(text in reason for text in _UNKNOWN)
+            raise (NoRuntime if unknown else GraphOptError)(
                 f"operator {self.extra_repr()} has no torch meaning, and onnxruntime cannot run it either: {reason}"
             ) from error
 

@@ -166,3 +166,12 @@ def walk(graph: Graph) -> Iterator[Graph]:
     yield graph
     for _, _, body in bodies_of(graph):
         yield from walk(body)
+
+
+def weights_of_bodies(graph: Graph) -> set[str]:
+    """ONNX names of the weights that the bodies of a graph use: they know them by name, without an edge."""
+    found: set[str] = set()
+    for _, _, body in bodies_of(graph):
+        for level in walk(body):
+            found.update(n.meta["onnx_name"] for n in level.nodes if n.op == "get_attr" and "onnx_name" in n.meta)
+    return found

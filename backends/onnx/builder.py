@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,15 @@ import onnx.helper
 import torch
 
 from graphopt.errors import GraphOptError
+from graphopt.onnxfile import OnnxFile
+from graphopt.onnxfile.read import graphs
+from graphopt.onnxfile.scopes import mentioned, stored
 from graphopt.onnxfile.tensors import ONNX_DTYPES, to_tensor_proto
 
 DOMAIN = "graphopt"
 """Operator domain of the model-local functions."""
+Weight = onnx.TensorProto | onnx.SparseTensorProto | onnx.NodeProto
+"""What defines a weight: an initialiser, or a Constant node."""
 
 
 @dataclass
@@ -111,27 +116,44 @@ class Builder:
         output: str | None = None,
     ) -> str:
         """Call a model-local function, defining it on first use; `name` tells its structure apart."""
-        self.owner.define(name, len(inputs), body)
-        return str(self.op(name, *inputs, domain=DOMAIN, outputs=[output] if output else 1))
+        defined = self.owner.define(name, len(inputs), body)
+        return str(self.op(defined, *inputs, domain=DOMAIN, outputs=[output] if output else 1))
 
 
 class ModelParts:
-    """What lowering adds to a model beside nodes: initialisers, functions, operator sets."""
+    """What lowering adds to a model beside nodes: weights, functions, operator sets."""
 
-    def __init__(self, opset: int, names: Names, target: str) -> None:
-        self.opset = opset
-        self.names = names
+    def __init__(self, source: OnnxFile, target: str) -> None:
+        """Args: source: the model that was read. target: `onnx` or `onnxruntime`."""
+        self.source = source
+        self.opset = source.opset()
+        self.names = Names(set(_all_names(source.proto)))
         self.target = target
         self.rebuild = False
         """Put every graph together anew, also those where nothing was rewritten."""
+        self.pinned = mentioned(source.proto) | _overridable(source.proto)
+        """Names of weights that stay, whether or not a node uses them."""
         self.initializers: list[onnx.TensorProto] = []
+        self.sparse_initializers: list[onnx.SparseTensorProto] = []
+        self.constants: list[onnx.NodeProto] = []
         self.functions: dict[str, onnx.FunctionProto] = {}
-        self.domains: set[str] = set()
+        self.domains: dict[str, int] = {}
         self._shared: dict[tuple[Any, ...], str] = {}
+        self._brought: dict[int, str] = {}
+        self._called: dict[str, str] = {}
+        self._existing = {f.name: f for f in source.proto.functions if f.domain == DOMAIN}
 
-    def require(self, domain: str) -> None:
-        """Import version 1 of an operator domain."""
-        self.domains.add(domain)
+    def require(self, domain: str, version: int = 1) -> None:
+        """Import an operator domain.
+
+        Raises:
+            GraphOptError: another version of it is needed elsewhere.
+        """
+        if self.domains.setdefault(domain, version) != version:
+            raise GraphOptError(
+                f"cannot lower to ONNX: versions {self.domains[domain]} and {version} of the domain {domain!r} are "
+                "needed in one model"
+            )
 
     def initializer(self, stem: str, value: torch.Tensor) -> str:
         """Store a constant; small equal ones are shared."""
@@ -144,20 +166,73 @@ class ModelParts:
             self._shared[key] = name
         return name
 
-    def define(self, name: str, arity: int, body: Callable[[Builder, list[str]], str]) -> None:
-        """Define a model-local function once; its name tells apart everything that its body depends on."""
-        if name in self.functions:
-            return
+    def bring(self, message: Weight, stem: str) -> str:
+        """Put a weight that came out of a body, once, where everything sees it; its new name.
+
+        Args:
+            message: what defined it there: an initialiser, or a Constant node; the same object for all of its users.
+            stem: the name to give it, or to start from.
+        """
+        if id(message) not in self._brought:
+            name = self.names.fresh(stem)
+            self._brought[id(message)] = name
+            twin = type(message)()
+            twin.CopyFrom(message)
+            if isinstance(twin, onnx.NodeProto):
+                twin.output[0] = name
+                if twin.name:
+                    twin.name = self.names.fresh(twin.name)
+                self.constants.append(twin)
+            elif isinstance(twin, onnx.SparseTensorProto):
+                twin.values.name = name
+                self.sparse_initializers.append(twin)
+            else:
+                twin.name = name
+                self.initializers.append(twin)
+        return self._brought[id(message)]
+
+    def define(self, name: str, arity: int, body: Callable[[Builder, list[str]], str]) -> str:
+        """Define a model-local function once; its name tells apart everything that its body depends on.
+
+        Returns:
+            The name to call it by: another one where the model has a different function of that name.
+        """
+        if name in self._called:
+            return self._called[name]
         inputs = [f"x{i}" for i in range(arity)]
         builder = Builder(self, "f", names=Names(set(inputs)), in_function=True)
         output = body(builder, inputs)
         opsets = [onnx.helper.make_opsetid("", self.opset)]
         opsets += [onnx.helper.make_opsetid(d, 1) for d in sorted({n.domain for n in builder.nodes} - {""})]
         self.require(DOMAIN)
-        self.functions[name] = onnx.helper.make_function(DOMAIN, name, inputs, [output], builder.nodes, opsets)
+        made = onnx.helper.make_function(DOMAIN, name, inputs, [output], builder.nodes, opsets)
+        stem, count = name, 0
+        while self._existing.get(made.name, made) != made:
+            count += 1
+            made.name = f"{stem}_{count}"
+        if made.name not in self._existing:
+            self.functions[made.name] = made
+        self._called[name] = made.name
+        return self._called[name]
 
 
 def need(condition: bool, what: str) -> None:
     """Raise a GraphOptError where a lowering meets what it cannot express."""
     if not condition:
         raise GraphOptError(f"cannot lower to ONNX: {what}")
+
+
+def _overridable(proto: onnx.ModelProto) -> set[str]:
+    """Initialisers that are inputs too; before IR 4 all had to be, and none could be fed."""
+    return stored(proto.graph) & {i.name for i in proto.graph.input} if proto.ir_version >= 4 else set()
+
+
+def _all_names(proto: onnx.ModelProto) -> Iterator[str]:
+    for graph in graphs(proto):
+        for values in (graph.input, graph.output, graph.value_info, graph.initializer):
+            yield from (value.name for value in values)
+        yield from stored(graph)
+        for node in graph.node:
+            yield node.name
+            yield from node.output
+    yield from (annotation.tensor_name for annotation in proto.graph.quantization_annotation)

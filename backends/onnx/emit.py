@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx.helper
 import torch
 from torch import fx
 
-from graphopt.backends.onnx.builder import Builder, ModelParts, Names, need
+from graphopt.backends.onnx.assemble import Emitted, assemble, finish, keep_unknown_fields, live_weights
+from graphopt.backends.onnx.builder import Builder, ModelParts, need
 from graphopt.backends.onnx.dialect_nodes import dialect_node
 from graphopt.backends.onnx.table import Call, function_name, lookup
 from graphopt.dialect import operator_of
 from graphopt.dialect.binding import parameter_name
 from graphopt.errors import GraphOptError
 from graphopt.graph import Graph, Origin
-from graphopt.onnxfile.read import graphs
-from graphopt.onnxfile.scopes import captured, rename
+from graphopt.onnxfile.scopes import captured, defined_within, rename, rename_shards, stored
 from graphopt.onnxfile.tensors import to_tensor_proto
 from graphopt.subgraphs import SubgraphOperator
+
+_STANDARD = ("", "ai.onnx")
 
 
 def to_proto(graph: Graph, target: str = "onnx", *, rebuild: bool = False) -> onnx.ModelProto:
@@ -37,35 +41,48 @@ def to_proto(graph: Graph, target: str = "onnx", *, rebuild: bool = False) -> on
     source = graph.onnx
     if source is None:
         raise GraphOptError("this graph came from an nn.Module; export it with graphopt.backends.onnx.export first")
-    proto = source.proto
-    parts = ModelParts(source.opset(), Names(set(_all_names(proto))), target)
+    parts = ModelParts(source, target)
     parts.rebuild = rebuild
     model = onnx.ModelProto()
-    if _Emitter(graph, proto.graph, parts).run(model.graph) is proto.graph:
-        return proto
-    _finish(model, proto, parts)
+    keep_unknown_fields(model, source.proto)
+    if Emitter(graph, source.proto.graph, parts).run(model.graph) is source.proto.graph:
+        return source.proto
+    finish(model, parts)
     return model
 
 
-class _Emitter:
+class Emitter:
     """Emits one graph: the main one, or the body of an operator."""
 
     def __init__(
-        self, graph: Graph, proto: onnx.GraphProto, parts: ModelParts, outer: Mapping[str, str] | None = None
+        self,
+        graph: Graph,
+        proto: onnx.GraphProto,
+        parts: ModelParts,
+        outer: Mapping[str, str] | None = None,
     ) -> None:
-        """Args: graph: what to emit. proto: what it was read from. outer: new names of captured values by old ones."""
+        """Set up one graph's emission.
+
+        Args:
+            graph: what to emit.
+            proto: what it was read from.
+            parts: what lowering adds to the model.
+            outer: new names of captured values by old ones.
+        """
         self.graph = graph
         self.proto = proto
         self.parts = parts
         self.outer = outer or {}
         self.names: dict[fx.Node, str] = {}
+        self.outputs: list[str] = []
         self.nodes: list[onnx.NodeProto] = []
-        self.kept: list[int] = []
+        self.places: list[int] = []
+        """Of each emitted node, its index in the graph that was read; -1 for a new one."""
         self.changed = False
-        self.moved: list[onnx.NodeProto] = []
-        """Nodes that came out of a body, perhaps several times."""
         self.taken: set[str] = set()
         """Names of outputs that another value has now than in the graph that was loaded."""
+        # The bodies inside of an inlined function came to a place where their names may mean something else.
+        self.moved = graph.source is not parts.source
 
     def run(self, into: onnx.GraphProto) -> onnx.GraphProto:
         """The graph, written to `into`; where nothing was rewritten, the very one that was read."""
@@ -75,50 +92,90 @@ class _Emitter:
                 self._weight(node)
             elif node.op in ("call_function", "call_module", "call_method"):
                 self._call(node)
-        self._outputs()
-        whole = not self.changed and sorted(self.kept) == list(range(len(self.proto.node))) and self._weights_kept()
-        if whole and not self.parts.rebuild:
+        self._emit_outputs()
+        live = live_weights(self.graph, self.nodes, self.parts)
+        in_place = sorted(self.places) == list(range(len(self.proto.node)))
+        if in_place and not self.changed and live >= stored(self.proto) and not self.parts.rebuild:
             return self.proto
-        self._assemble(into)
+        front = self.parts.constants if self.graph.body is None else ()
+        assemble(into, self.proto, Emitted(self.nodes, self.places, self.outputs, live, front))
         return into
+
+    def add(self, node: onnx.NodeProto, place: int = -1) -> None:
+        """Put a node behind those that there are."""
+        self.nodes.append(node)
+        self.places.append(place)
+
+    # Names.
 
     def _name_values(self) -> None:
         """ONNX names for values that have one; a new value that is a graph output takes the output's name."""
-        captured = set(self.graph.captured)
+        taken_over = set(self.graph.captured)
         for node in self.graph.nodes:
             name = node.meta.get("onnx_name")
-            if name is not None:
-                self.names[node] = self.outer.get(name, name) if node.op == "placeholder" and name in captured else name
-        for spec, result in zip(self.graph.outputs, self.graph.results, strict=True):
-            if self.names.get(result) == spec.name:
+            if name is None:
                 continue
-            self.taken.add(spec.name)
-            for other, name in self.names.items():
-                if name == spec.name:  # the value that had the output's name is still needed: it steps aside
-                    self.names[other] = self.parts.names.fresh(f"{name}/original")
-            if result not in self.names and result.op != "get_attr":
-                self.names[result] = spec.name
+            if node.op == "placeholder" and name in taken_over:
+                self.names[node] = self.outer.get(name, name)
+            elif not (self.moved and _is_computed(node)):
+                self.names[node] = name
+        holders = {name: node for node, name in self.names.items()}
+        for spec, result in zip(self.graph.outputs, self.graph.results, strict=True):
+            self.outputs.append(self._output_name(spec.name, result, holders))
+
+    def _output_name(self, name: str, result: fx.Node, holders: dict[str, fx.Node]) -> str:
+        """Give the output's value the output's name where it may have it; the name of the output itself."""
+        if self.names.get(result) == name:
+            return name
+        holder = holders.get(name)
+        fixed = name in self.graph.captured or self._is_fixed(name, holder)
+        if self.graph.body is not None and (fixed or self.moved):
+            name = self.parts.names.fresh(name)  # the outputs of a body are known by their position
+        else:
+            need(not fixed, f"output {name!r} is an input or a weight too, so it cannot become another value")
+            self.taken.add(name)
+            if holder is not None:  # the value that had the output's name is still needed: it steps aside
+                self.names[holder] = self.parts.names.fresh(f"{name}/original")
+        if result not in self.names and result.op != "get_attr":
+            self.names[result] = name
+            holders[name] = result
+        return name
+
+    def _is_fixed(self, name: str, holder: fx.Node | None) -> bool:
+        """Whether the name is that of an input, or of a weight that something refers to by it."""
+        if holder is not None and holder.op != "get_attr":
+            return holder.op == "placeholder"
+        in_use = holder is not None or any(name in captured(n) for n in self.proto.node)
+        return in_use and name in stored(self.proto)
 
     def _name(self, node: fx.Node) -> str:
         if node not in self.names:
             scope = node.meta.get("graphopt_site", "graphopt")
-            self.names[node] = self.parts.names.fresh(f"{scope}/{node.name}")
+            stem = node.meta.get("onnx_stem") or node.meta.get("onnx_name") or f"{scope}/{node.name}"
+            self.names[node] = self.parts.names.fresh(stem)
         return self.names[node]
+
+    def _argument(self, value: Any) -> str:
+        return self._name(value) if isinstance(value, fx.Node) else ""
+
+    # Nodes.
 
     def _weight(self, node: fx.Node) -> None:
         origin = node.meta.get("onnx")
         if origin is not None:
-            self._keep(origin, (), {origin.proto.output[0]: self.names[node]})
+            self._keep(origin, (), {origin.proto.output[0]: self._name(node)})
             return
         if "onnx_name" in node.meta or not node.users:
             return
         if all(user.op != "output" and node in user.kwargs.values() for user in node.users):
             return  # the value of a tensor attribute
+        if "onnx_brought" in node.meta:
+            self.names[node] = self.parts.bring(node.meta["onnx_brought"], node.meta["onnx_stem"])
+            return
         value = self.graph.weight(node)
-        need(isinstance(value, torch.Tensor), f"weight {node.target} is no tensor")
-        name = self.parts.names.fresh(str(node.target))
-        self.names[node] = name
-        self.parts.initializers.append(to_tensor_proto(name, value))
+        need(isinstance(value, (torch.Tensor, np.ndarray)), f"weight {node.target} is no tensor")
+        self.names[node] = self.parts.names.fresh(str(node.target))
+        self.parts.initializers.append(to_tensor_proto(self.names[node], value))
 
     def _call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
@@ -126,14 +183,29 @@ class _Emitter:
             return
         origin = node.meta.get("onnx")
         if origin is not None and origin.holds_for(node):
-            inputs = [self._argument(a) for a in node.args]
-            self._keep(origin, inputs, self._renamed_outputs(node, origin.proto), self._bodies(node, origin, inputs))
+            self._require(node, origin)
+            inputs = self._aliased(origin, [self._argument(a) for a in node.args])
+            self._keep(origin, inputs, self._renamed_outputs(node, origin), self._bodies(node, origin, inputs))
             return
         self.changed = True
-        if operator_of(node.target) is not None:  # type: ignore[arg-type]  # a call_function's target is callable
-            self.nodes.append(dialect_node(self.graph, node, self._argument, self._output_names(node)))
+        entry = operator_of(node.target)  # type: ignore[arg-type]  # a call_function's target is callable
+        if entry is None:
+            self._lower(node)
             return
-        self._lower(node)
+        made = dialect_node(self.graph, node, self._argument, self._output_names(node))
+        made.name = self.parts.names.fresh(node.name)
+        if entry.domain:
+            self.parts.require(entry.domain)
+        same = origin is not None and (origin.proto.op_type, origin.proto.domain) == (made.op_type, made.domain)
+        self.add(_changed(origin.proto, made) if origin is not None and same else made)
+
+    def _require(self, node: fx.Node, origin: Origin) -> None:
+        """Import the domain of a node that came from a function, which may import more than the model."""
+        domain = origin.proto.domain
+        if domain in _STANDARD or not (self.moved or origin.index < 0):
+            return
+        assert self.graph.onnx is not None
+        self.parts.require(domain, node.meta.get("onnx_version", self.graph.onnx.opset(domain)))
 
     def _lower(self, node: fx.Node) -> None:
         lowering = lookup(node, self.parts.target)
@@ -144,7 +216,8 @@ class _Emitter:
         kwargs = fx.map_arg(node.kwargs, self._argument)
         found = lowering(Call(builder, node, tuple(args), dict(kwargs)))
         self._adopt(builder, node, found)
-        self.nodes += builder.nodes
+        for made in builder.nodes:
+            self.add(made)
 
     def _adopt(self, builder: Builder, node: fx.Node, found: str) -> None:
         """Let the last value of a lowering carry the fx node's name where the outside expects one."""
@@ -162,23 +235,43 @@ class _Emitter:
                 if name == found:
                     other.input[i] = wanted
 
-    def _argument(self, value: Any) -> str:
-        return self._name(value) if isinstance(value, fx.Node) else ""
-
     def _output_names(self, node: fx.Node) -> list[str]:
         items = _items(node)
+        count = node.kwargs.get("outputs")
+        if isinstance(count, int) and count > 1:  # an operator that wants all of its outputs named
+            return [self._name(items[i]) if i in items else self._unread(node, i) for i in range(count)]
         if not items:
             return [self._name(node)]
         return [self._name(items[i]) if i in items else "" for i in range(max(items) + 1)]
 
-    def _renamed_outputs(self, node: fx.Node, proto: onnx.NodeProto) -> dict[str, str]:
+    def _unread(self, node: fx.Node, index: int) -> str:
+        return self.parts.names.fresh(f"graphopt/{node.name}/{index}")
+
+    def _renamed_outputs(self, node: fx.Node, origin: Origin) -> dict[str, str]:
+        proto = origin.proto
         if len(proto.output) == 1:
             return {proto.output[0]: self._name(node)}
         items = _items(node)
         renamed = {proto.output[i]: self._name(item) for i, item in items.items() if proto.output[i]}
         # What nothing reads any more still has to be called something where it may not be left out.
-        lost = [name for i, name in enumerate(proto.output) if i not in items and name in self.taken]
-        return {**renamed, **{name: self.parts.names.fresh(f"{name}/original") for name in lost}}
+        lost = [name for i, name in enumerate(proto.output) if name and i not in items]
+        inlined = origin.index < 0
+        return {
+            **renamed,
+            **{n: self.parts.names.fresh(f"{n}/original") for n in lost if n in self.taken},
+            **{n: self.parts.names.fresh(n) for n in lost if inlined or self.moved},
+        }
+
+    def _aliased(self, origin: Origin, inputs: list[str]) -> list[str]:
+        """Operands of a node, those under another name whose new name means something else in the node's bodies."""
+        count = len(origin.proto.input)
+        for i, (old, new) in enumerate(zip(origin.captured, inputs[count:], strict=True), count):
+            if old == new or new not in defined_within(origin.proto):
+                continue
+            inputs[i] = self.parts.names.fresh(f"{new}/outer")
+            name = self.parts.names.fresh(f"{inputs[i]}/identity")
+            self.add(onnx.helper.make_node("Identity", [new], [inputs[i]], name=name))
+        return inputs
 
     def _bodies(self, node: fx.Node, origin: Origin, inputs: Sequence[str]) -> dict[str, onnx.GraphProto]:
         """The node's bodies, by attribute, as far as they are not what was read."""
@@ -189,7 +282,7 @@ class _Emitter:
         found: dict[str, onnx.GraphProto] = {}
         for name, body in module.bodies.items():
             assert body.body is not None, "a body remembers what it was read from"
-            emitted = _Emitter(body, body.body, self.parts, outer).run(onnx.GraphProto())
+            emitted = Emitter(body, body.body, self.parts, outer).run(onnx.GraphProto())
             if emitted is not body.body:
                 found[name] = emitted
         return found
@@ -209,15 +302,13 @@ class _Emitter:
         direct, outer = list(inputs[: len(proto.input)]), inputs[len(proto.input) :]
         moved_in = {old: new for old, new in zip(origin.captured, outer, strict=True) if old != new}
         moved_out = {old: new for old, new in outputs.items() if old != new}
-        self.kept.append(origin.index)
-        moved = origin.index < 0
-        if moved and proto.domain not in ("", "ai.onnx"):
-            self.parts.require(proto.domain)  # it came from a body that may import more than the model
-        if direct == list(proto.input) and not moved_in and not moved_out and not bodies and not moved:
-            self.nodes.append(proto)
+        inlined = origin.index < 0
+        if direct == list(proto.input) and not moved_in and not moved_out and not bodies and not inlined:
+            self.add(proto, origin.index)
             return
         self.changed = True
         twin = rename(proto, moved_in)
+        rename_shards(twin, {**dict(zip(proto.input, direct, strict=True)), **moved_out})
         for i, name in enumerate(direct):
             twin.input[i] = name
         for i, name in enumerate(twin.output):
@@ -226,85 +317,22 @@ class _Emitter:
             body = (bodies or {}).get(parameter_name(attribute.name))
             if body is not None:
                 attribute.g.CopyFrom(body)
-        self.nodes.append(twin)
-        if moved:
-            self.moved.append(twin)
+        if inlined and twin.name:  # a body may have been put in several times, and node names are unique
+            twin.name = self.parts.names.fresh(twin.name)
+        self.add(twin, origin.index)
 
-    def _outputs(self) -> None:
-        for spec, result in zip(self.graph.outputs, self.graph.results, strict=True):
-            if self._name(result) != spec.name:
-                self.changed = True
-                node = onnx.helper.make_node(
-                    "Identity",
-                    [self._name(result)],
-                    [spec.name],
-                    name=self.parts.names.fresh(f"{spec.name}/identity"),
-                )
-                self.nodes.append(node)
-
-    def _live_weights(self) -> set[str]:
-        """Weights of this graph's own that are in use, in the bodies below it too."""
-        own = {n.meta["onnx_name"] for n in self.graph.nodes if n.op == "get_attr" and "onnx_name" in n.meta}
-        return own.union(*(captured(node) for node in self.nodes))
-
-    def _weights_kept(self) -> bool:
-        live = self._live_weights()
-        return all(t.name in live for t in self.proto.initializer)
-
-    def _assemble(self, new: onnx.GraphProto) -> None:
-        old, live = self.proto, self._live_weights()
-        self._tell_apart()
-        for descriptor, value in old.ListFields():
-            if descriptor.name not in ("node", "initializer", "sparse_initializer", "value_info", "input"):
-                _set(new, descriptor.name, value)
-        new.node.extend([*self._revived(live), *self.nodes])
-        stored = {t.name for t in old.initializer} | {s.values.name for s in old.sparse_initializer}
-        new.initializer.extend(t for t in old.initializer if t.name in live)
-        new.sparse_initializer.extend(s for s in old.sparse_initializer if s.values.name in live)
-        # Before IR 4 every initialiser also stands among the inputs.
-        new.input.extend(i for i in old.input if i.name not in stored or i.name in live)
-        # Some files describe values that nothing defines; only what was removed here loses its description.
-        defined = {name for n in new.node for name in n.output}
-        gone = {name for n in old.node for name in n.output} - defined | (stored - live)
-        new.value_info.extend(v for v in old.value_info if v.name not in gone)
-
-    def _tell_apart(self) -> None:
-        """Node names are unique, though a body may have been put in several times."""
-        moved = set(map(id, self.moved))
-        seen = {node.name for node in self.nodes if id(node) not in moved}
-        for node in self.moved:
-            if node.name and node.name in seen:
-                self.parts.names.taken.add(node.name)
-                node.name = self.parts.names.fresh(node.name)
-            seen.add(node.name)
-
-    def _revived(self, live: set[str]) -> list[onnx.NodeProto]:
-        """Constant nodes that only bodies use: they see them by name, without an edge in this graph."""
-        emitted = {name for node in self.nodes for name in node.output}
-        return [
-            node
-            for node in self.proto.node
-            if node.op_type == "Constant" and not emitted.intersection(node.output) and live.intersection(node.output)
-        ]
+    def _emit_outputs(self) -> None:
+        for name, result in dict(zip(self.outputs, self.graph.results, strict=True)).items():
+            if self._name(result) == name:
+                continue
+            self.changed = True
+            node = self.parts.names.fresh(f"{name}/identity")
+            self.add(onnx.helper.make_node("Identity", [self._name(result)], [name], name=node))
 
 
-def _finish(model: onnx.ModelProto, proto: onnx.ModelProto, parts: ModelParts) -> None:
-    """Give the model with the new graph everything else that the old one has."""
-    for descriptor, value in proto.ListFields():
-        if descriptor.name != "graph":
-            _set(model, descriptor.name, value)
-    model.graph.initializer.extend(parts.initializers)
-    model.functions.extend(parts.functions.values())
-    _stamp(model, parts)
-
-
-def _stamp(model: onnx.ModelProto, parts: ModelParts) -> None:
-    """Import what was used, and drop no import: other tools look for theirs."""
-    present = {o.domain for o in model.opset_import}
-    for domain in sorted(parts.domains - present):
-        model.opset_import.add(domain=domain, version=1)
-    if parts.functions:
-        model.ir_version = max(model.ir_version, 8)  # the first IR version with model-local functions
+def _is_computed(node: fx.Node) -> bool:
+    """Whether an ONNX node defines the value; that of a Constant is a weight here."""
+    return node.op.startswith("call") or "onnx" in node.meta
 
 
 def _items(node: fx.Node) -> dict[int, fx.Node]:
@@ -312,22 +340,18 @@ def _items(node: fx.Node) -> dict[int, fx.Node]:
     return {int(u.args[1]): u for u in node.users if u.target is operator.getitem}  # type: ignore[arg-type]  # an index
 
 
-def _set(message: Any, name: str, value: Any) -> None:
-    field = getattr(message, name)
-    if hasattr(field, "extend"):
-        field.extend(value)
-    elif hasattr(field, "CopyFrom"):
-        field.CopyFrom(value)
-    else:
-        setattr(message, name, value)
-
-
-def _all_names(proto: onnx.ModelProto) -> Iterator[str]:
-    for graph in graphs(proto):
-        yield from (i.name for i in graph.input)
-        yield from (o.name for o in graph.output)
-        yield from (t.name for t in graph.initializer)
-        yield from (s.values.name for s in graph.sparse_initializer)
-        for node in graph.node:
-            yield node.name
-            yield from node.output
+def _changed(old: onnx.NodeProto, made: onnx.NodeProto) -> onnx.NodeProto:
+    """The node `made` with all that was said of the one that it has taken the place of."""
+    twin = onnx.NodeProto()
+    twin.CopyFrom(old)
+    rename_shards(twin, dict(zip((*old.input, *old.output), (*made.input, *made.output), strict=False)))
+    for field in ("input", "output", "attribute"):
+        del getattr(twin, field)[:]
+    twin.input.extend(made.input)
+    twin.output.extend(made.output)
+    described = {a.name: a for a in old.attribute}
+    for attribute in made.attribute:
+        twin.attribute.append(attribute)
+        if attribute.name in described and described[attribute.name].HasField("doc_string"):
+            twin.attribute[-1].doc_string = described[attribute.name].doc_string
+    return twin

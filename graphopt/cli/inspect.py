@@ -95,8 +95,10 @@ def _interface(spec: Any) -> dict[str, Any]:
 
 
 def _operators(graph: Graph) -> dict[str, Any]:
-    """Nodes by operator, and what runs them."""
+    """Nodes by operator, those in loops and branches too, and what runs them."""
+    from graphopt.onnxfile.calls import nodes_in
     from graphopt.opaque import OpaqueOperator
+    from graphopt.subgraphs import walk
 
     assert graph.onnx is not None, "the command line reads .onnx files"
     functions = {(f.domain, f.name) for f in graph.onnx.proto.functions}
@@ -104,7 +106,7 @@ def _operators(graph: Graph) -> dict[str, Any]:
     runs: Counter[str] = Counter()
     opaque: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
-    for node in graph.nodes:
+    for level, node in ((level, node) for level in walk(graph) for node in level.nodes):
         origin = node.meta.get("onnx")
         if origin is None:
             continue
@@ -112,11 +114,14 @@ def _operators(graph: Graph) -> dict[str, Any]:
         counts[name] += 1
         if node.op == "get_attr":
             runs["constant"] += 1
-        elif node.op == "call_module" and isinstance(graph.module.get_submodule(str(node.target)), OpaqueOperator):
-            runs["onnxruntime"] += 1
-            (opaque if _runnable(origin.proto, functions) else unknown)[name] += 1
+        elif node.op == "call_module" and isinstance(level.module.get_submodule(str(node.target)), OpaqueOperator):
+            known = _runnable(origin.proto, functions)
+            runs["onnxruntime"] += known
+            (opaque if known else unknown)[name] += 1
         else:
             runs["torch"] += 1
+    for function in graph.onnx.proto.functions:
+        unknown.update(_operator(n) for n in nodes_in(function.node) if not _runnable(n, functions))
     return {
         "total": counts.total(),
         "by_operator": dict(counts.most_common()),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphopt.errors import GraphOptError
+from graphopt.errors import GraphOptError, NoRuntime
 
 if TYPE_CHECKING:
     from graphopt.rewrite.report import OutputDifference
@@ -38,7 +38,7 @@ class Runtime:
 
     def __init__(self, path: Path, *, threads: int = 0, provider: str = CPU) -> None:
         if not installed():
-            raise GraphOptError("expected onnxruntime to run the model, but it is not installed; install graphopt[cpu]")
+            raise NoRuntime("expected onnxruntime to run the model, but it is not installed; install graphopt[cpu]")
         import onnxruntime
 
         available = onnxruntime.get_available_providers()
@@ -53,7 +53,7 @@ class Runtime:
         try:
             self.session: Any = onnxruntime.InferenceSession(str(path), options, providers=chosen)
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
-            raise GraphOptError(f"expected onnxruntime to load {path}, but it cannot: {error}") from error
+            raise NoRuntime(f"expected onnxruntime to load {path}, but it cannot: {error}") from error
         self.path = path
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]

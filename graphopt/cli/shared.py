@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.errors import GraphOptError
+from graphopt.errors import GraphOptError, NoRuntime
 
 if TYPE_CHECKING:
     from graphopt.calibration import Calibration
     from graphopt.graph import Graph
+    from graphopt.rewrite.base import Pass
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The .onnx file.", show_default=False)]
 Json = Annotated[
@@ -134,10 +135,13 @@ def running_on(graph: Graph, data: Calibration) -> Iterator[None]:
     """Turns a failure to run a model on `data` into a sentence that says what to do about the data.
 
     Raises:
+        NoRuntime: no data would help.
         GraphOptError: the block failed.
     """
     try:
         yield
+    except NoRuntime:
+        raise
     except Exception as error:  # a kernel may raise anything
         reason, _, rest = str(error).partition("While executing %")
         where = f" at node {rest.split()[0]}" if rest.split() else ""
@@ -148,13 +152,21 @@ def running_on(graph: Graph, data: Calibration) -> Iterator[None]:
         ) from error
 
 
-def check_runs(graph: Graph, data: Calibration) -> None:
-    """Run the model once, before any long work.
+def check_runs(graph: Graph, data: Calibration, passes: Sequence[Pass]) -> None:
+    """Run the model once, before any long work; one that nothing can run is left to passes that need not.
 
     Raises:
-        GraphOptError: it does not run on this data.
+        GraphOptError: it does not run on this data, or nothing can run it and a pass has to.
     """
     import torch
 
-    with running_on(graph, data), torch.no_grad():
-        graph.execute(*data.batches[0])
+    try:
+        with running_on(graph, data), torch.no_grad():
+            graph.execute(*data.batches[0])
+    except NoRuntime as error:
+        judged = [each.name for each in passes if not each.is_proven]
+        if judged:
+            raise GraphOptError(
+                f"expected a model that can be run, as {judged[0]} needs it, but {error}; "
+                "only passes that rest on rules, as cleanup does, can rewrite such a model"
+            ) from error

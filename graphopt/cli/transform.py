@@ -106,7 +106,7 @@ def transform(
     check_dims(graph, sizes)
     check_data(graph.onnx, out, external=external_data, force=force)
     data = calibration(graph, calib, seed, sizes)
-    check_runs(graph, data)
+    check_runs(graph, data, items)
     with terminal.progress() as bars:
         try:
             result = graph.apply(
@@ -201,6 +201,8 @@ def _spell(site: SiteReport) -> str:
 
 def _show(terminal: Terminal, report: Report, check: Check, target: str) -> None:
     _show_sites(terminal, report)
+    if report.unverified:
+        terminal.print(f"note: {report.unverified}\n", style="yellow")
     show_outputs(
         terminal,
         f"Verification on {report.samples} input sets, the original against the rewritten graph",
@@ -213,7 +215,8 @@ def _show(terminal: Terminal, report: Report, check: Check, target: str) -> None
         for note in each.notes:
             terminal.print(f"note: {each.name}: {note}")
     for note in report.notes:
-        terminal.print(f"note: {note}")
+        if note != report.unverified:
+            terminal.print(f"note: {note}")
     for each in telling(report):
         if not each.count("rewritten"):
             terminal.print(f"note: {each.name} found nothing to rewrite")

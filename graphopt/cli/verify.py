@@ -24,7 +24,7 @@ from graphopt.cli.shared import (
     single_dims,
 )
 from graphopt.cli.terminal import Bars, Terminal, number
-from graphopt.errors import CheckFailed, GraphOptError
+from graphopt.errors import CheckFailed, GraphOptError, NoRuntime
 
 if TYPE_CHECKING:
     from graphopt.calibration import Calibration
@@ -155,8 +155,8 @@ def _on_onnxruntime(paths: tuple[Path, Path], graph: Graph, data: Calibration, b
 def _session(path: Path) -> Runtime:
     try:
         return Runtime(path)
-    except GraphOptError as error:
-        raise GraphOptError(f"{error}; --runtime torch may") from error
+    except NoRuntime as error:
+        raise NoRuntime(f"{error}; --runtime torch may") from error
 
 
 def show_outputs(terminal: Terminal, title: str, outputs: Sequence[OutputDifference]) -> None:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MADE_UP_TRIPS", "at_most", "start_run"]
 
-MADE_UP_TRIPS = 10_000
-"""Trips that a run on made-up inputs may take: a second or two."""
+MADE_UP_TRIPS = 2000
+"""Trips that a run on made-up inputs may take: about a second."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ import onnx
 from graphopt.errors import GraphOptError
 
 # The largest exports that we know of have some 10^5 nodes; runtimes inline every call.
-MOST_NODES = 1_000_000
+MOST_NODES = 200_000
 # Each level of a call costs a dozen Python frames when it runs, of the thousand that Python allows.
 MOST_LEVELS = 50
 

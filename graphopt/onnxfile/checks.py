@@ -26,6 +26,7 @@ _BESIDE = frozenset({"name", "type", "doc_string", "ref_attr_name"})
 _TYPES = frozenset(onnx.TensorProto.DataType.values())
 # Bodies inside bodies: protobuf itself parses no more than this.
 _DEEPEST = 33
+_MOST_INDEX = (1 << 31) - 1
 
 
 def check_model(proto: onnx.ModelProto) -> None:
@@ -134,8 +135,12 @@ class _Checker:
                     f"{_kind(attribute.type)}; fix the model"
                 )
             self._attribute(attribute, label, depth)
+        # In opsets that this onnx package does not know, too: what follows stores its value in the graph.
+        if node.op_type == "Constant" and not _domain(node.domain) and len(node.input):
+            raise GraphOptError(f"expected no inputs of {label}, found {len(node.input)}; fix the model")
         if signature is None:
             return
+        _check_indices(node, label)
         for name in signature.required:
             if name not in given:
                 raise GraphOptError(f"expected attribute {name!r} at {label}, found none of that name; fix the model")
@@ -179,6 +184,16 @@ class _Checker:
         return self._known[key]
 
 
+def _check_indices(node: onnx.NodeProto, label: str) -> None:
+    """Refuse what onnx and onnxruntime cut to 32 bits before they look at it: the one crashes, the other hangs."""
+    for attribute in node.attribute:
+        value = attribute.i
+        wrong = attribute.name == "axis" and not -_MOST_INDEX <= value <= _MOST_INDEX
+        wrong = wrong or (attribute.name == "num_scan_inputs" and not 0 < value <= len(node.input))
+        if wrong and not attribute.ref_attr_name:
+            raise GraphOptError(f"expected an index in {attribute.name!r} of {label}, found {value}; fix the model")
+
+
 def _opsets(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
     found: dict[str, int] = {}
     for each in imports:
@@ -203,7 +218,9 @@ def _text(value: str) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 100 else f"{name[:97]}..."
+    """The name as one line of a sentence can hold it."""
+    name = name if len(name) <= 100 else f"{name[:97]}..."
+    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def _kind(code: int) -> str:

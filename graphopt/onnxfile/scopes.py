@@ -47,9 +47,17 @@ def free(graph: onnx.GraphProto, memo: Memo | None = None) -> list[str]:
 
 def defined(graph: onnx.GraphProto) -> set[str]:
     """Names that a graph defines: its inputs, its weights, and what its nodes compute."""
-    found = {i.name for i in graph.input} | {t.name for t in graph.initializer}
-    found |= {s.values.name for s in graph.sparse_initializer}
-    return found | {name for n in graph.node for name in n.output}
+    return given(graph) | {name for n in graph.node for name in n.output}
+
+
+def given(graph: onnx.GraphProto) -> set[str]:
+    """Names that a graph defines without a node."""
+    return stored(graph) | {i.name for i in graph.input}
+
+
+def stored(graph: onnx.GraphProto) -> set[str]:
+    """Names of a graph's own initialisers."""
+    return {t.name for t in graph.initializer} | {s.values.name for s in graph.sparse_initializer}
 
 
 def defined_within(node: onnx.NodeProto) -> set[str]:
@@ -61,6 +69,11 @@ def defined_within(node: onnx.NodeProto) -> set[str]:
             for inner in graph.node:
                 found |= defined_within(inner)
     return found
+
+
+def is_constant(node: onnx.NodeProto) -> bool:
+    """Whether the node is the standard's Constant."""
+    return node.op_type == "Constant" and node.domain in ("", "ai.onnx")
 
 
 def trained(model: onnx.ModelProto) -> set[str]:

@@ -57,11 +57,15 @@ def signature_of(op_type: str, version: int, domain: str) -> Signature | None:
 def _known(op_type: str, version: int, domain: str) -> Signature:
     schema = onnx.defs.get_schema(op_type, version, domain)
     return Signature(
-        {name: int(a.type.value) for name, a in schema.attributes.items()},
+        {name: _code(a.type) for name, a in schema.attributes.items()},
         tuple(name for name, a in schema.attributes.items() if a.required),
         _operands(schema.inputs, schema.min_input, schema.max_input, variadic=True),
         _operands(schema.outputs, schema.min_output, schema.max_output, variadic=False),
     )
+
+
+def _code(kind: Any) -> int:
+    return int(kind.value)
 
 
 def _operands(formal: Sequence[Any], least: int, most: int, *, variadic: bool) -> Operands:

@@ -25,8 +25,8 @@ _FIELDS: dict[int, str] = {
     _P.INT64: "int64_data",
     _P.STRING: "string_data",
 }
-_PER_ENTRY = {_P.INT4: 2, _P.UINT4: 2, _P.FLOAT4E2M1: 2, _P.INT2: 4, _P.UINT2: 4}
-_ENTRIES = {_P.COMPLEX64: 2, _P.COMPLEX128: 2}
+_PER_ENTRY: dict[int, int] = {_P.INT4: 2, _P.UINT4: 2, _P.FLOAT4E2M1: 2, _P.INT2: 4, _P.UINT2: 4}
+_ENTRIES: dict[int, int] = {_P.COMPLEX64: 2, _P.COMPLEX128: 2}
 _DATA = frozenset({*_FIELDS.values(), "raw_data"})
 # All sparse tensors of a file together are given this many bytes in their dense form, which is the one that runs.
 DENSE_LIMIT = 1 << 30
@@ -101,7 +101,7 @@ def check_sparse(sparse: onnx.SparseTensorProto) -> int:
         raise GraphOptError(
             f"expected one index per value in {label}, found values {_shown(stored)} and indices {_shown(indices)}"
         )
-    return elements(sparse, label) * onnx.helper.tensor_dtype_to_np_dtype(sparse.values.data_type).itemsize
+    return elements(sparse, label) * _itemsize(sparse.values.data_type)
 
 
 def raw_bytes(tensor: onnx.TensorProto) -> int:
@@ -109,9 +109,12 @@ def raw_bytes(tensor: onnx.TensorProto) -> int:
     if not tensor.HasField("raw_data"):
         return 0
     per_byte = _PER_ENTRY.get(tensor.data_type, 0)
-    count = math.prod(tensor.dims)
-    itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return -(-count // per_byte) if per_byte else count * int(itemsize)
+    count: int = math.prod(tensor.dims)
+    return -(-count // per_byte) if per_byte else count * _itemsize(tensor.data_type)
+
+
+def _itemsize(data_type: int) -> int:
+    return int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize)
 
 
 def tensors_in(attribute: onnx.AttributeProto) -> Iterator[onnx.TensorProto]:

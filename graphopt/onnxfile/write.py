@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
@@ -44,6 +44,8 @@ def check_output(path: str | Path) -> Path:
             raise GraphOptError(f"expected a file name for the output, but {path} is a folder; name a file inside it")
         if path.exists() and not path.is_file():  # it would be replaced, as a file is
             raise GraphOptError(f"expected a file name for the output, but {path} is a device; choose another")
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # fails for names that no file can have
         # os.access answers yes to root even on read-only file systems; only trying tells.
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -63,6 +63,8 @@ class Pass:
     """As typed on the command line; the file and the class are called the same."""
     equivalence: ClassVar[Equivalence]
     needs_calibration: ClassVar[bool] = False
+    is_proven: ClassVar[bool] = False
+    """Each rewrite holds for all inputs by a rule: the pass works also where nothing can run the model to check it."""
 
     def run(self, graph: Graph, context: Context) -> tuple[Graph, Sequence[SiteReport]]:
         """Rewrite `graph` into a new one and say what happened at each site; `graph` itself is left as it is."""

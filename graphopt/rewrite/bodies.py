@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from graphopt.calibration import Calibration
-from graphopt.errors import GraphOptError
+from graphopt.errors import GraphOptError, NoRuntime
 from graphopt.execute import execute
 from graphopt.graph import Graph
 from graphopt.rewrite.base import Pass, SitePass
 from graphopt.rewrite.report import SiteReport
 from graphopt.shapes.captured import describe_captured
-from graphopt.subgraphs import bodies_of, walk
+from graphopt.subgraphs import SubgraphOperator, bodies_of, walk, weights_of_bodies
 
 if TYPE_CHECKING:
     from graphopt.rewrite.context import Context
@@ -33,13 +33,15 @@ def run_everywhere(item: Pass, graph: Graph, context: Context) -> tuple[Graph, l
     if not any(_is_worth_it(item, body) for _, _, body in bodies_of(rewritten)):
         return rewritten, reports
     student = graph.copy() if rewritten is graph else rewritten
-    found = bodies_of(student)
-    recorded = _record(student, [body for _, _, body in found], context)
+    found, known = bodies_of(student), weights_of_bodies(student)
+    recorded, obstacle = _record(student, [body for _, _, body in found], context)
+    if obstacle is not None and not item.is_proven:
+        raise obstacle
     changed = False
     for operator, name, body in found:
         calls = recorded[id(body)]
-        if not calls:
-            reports += _never_ran(item, body)
+        if not calls and obstacle is None:
+            reports += _never_ran(item, operator, name, context)
             continue
         data = Calibration(calls, f"{len(calls)} calls of {operator.extra_repr()}", context.calibration.synthetic)
         new, inner = run_everywhere(item, body, replace(context, calibration=data))
@@ -47,7 +49,17 @@ def run_everywhere(item: Pass, graph: Graph, context: Context) -> tuple[Graph, l
         if new is not body:
             operator.set_body(name, new)
             changed = True
+    if changed:
+        _drop_weights(student, known - weights_of_bodies(student))
     return (student if changed or rewritten is not graph else graph), reports
+
+
+def _drop_weights(graph: Graph, names: Collection[str]) -> None:
+    """Drop weights that only bodies used, and use no longer."""
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users and node.meta.get("onnx_name") in names:
+            graph.fx.erase_node(node)
+    graph.module.recompile()
 
 
 def check_names(item: Pass, graph: Graph, names: Sequence[str]) -> None:
@@ -72,7 +84,14 @@ def _is_worth_it(item: Pass, body: Graph) -> bool:
     return any(found.sites or found.refusals for found in map(item.find, walk(body)))
 
 
-def _record(graph: Graph, bodies: Sequence[Graph], context: Context) -> dict[int, list[tuple[Any, ...]]]:
+def _record(
+    graph: Graph, bodies: Sequence[Graph], context: Context
+) -> tuple[dict[int, list[tuple[Any, ...]]], NoRuntime | None]:
+    """What bodies were run on, by the id of the body; and why the model could not be run to its end, if it could not.
+
+    Of a graph without data (it lies behind what cannot be run) nothing is known.
+    """
+    obstacle: NoRuntime | None = None if len(context.calibration) else NoRuntime("no data reaches the body")
     kept: dict[int, list[tuple[Any, ...]]] = {id(body): [] for body in bodies}
     choice = random.Random(context.seed)
     for values in context.track(context.calibration, len(context.calibration), "Recording loops and branches"):
@@ -86,14 +105,20 @@ def _record(graph: Graph, bodies: Sequence[Graph], context: Context) -> dict[int
             if choice.randrange(calls[id(body)]) == 0:
                 chosen[id(body)] = tuple(given)
 
-        with torch.no_grad():
-            execute(graph, values, enter=enter)
+        try:
+            with torch.no_grad():
+                execute(graph, values, enter=enter)
+        except NoRuntime as error:
+            obstacle = error
         for key, given in chosen.items():
             kept[key].append(given)
-    return kept
+    return kept, obstacle
 
 
-def _never_ran(item: Pass, body: Graph) -> list[SiteReport]:
+def _never_ran(item: Pass, operator: SubgraphOperator, name: str, context: Context) -> list[SiteReport]:
     reason = "its loop or branch never ran on the calibration data, so a rewrite could not be checked"
-    sites = [site for level in walk(body) for site in item.find(level).sites] if isinstance(item, SitePass) else []
+    if not isinstance(item, SitePass):
+        context.idle.append(f"{name} of {operator.proto.name or operator.extra_repr()}")
+        return []
+    sites = [site for level in walk(operator.bodies[name]) for site in item.find(level).sites]
     return [SiteReport(site.name, site.kind, "refused", reason) for site in sites]

@@ -36,6 +36,8 @@ class Context:
     track: Track = _silent
     """Wraps a loop in a progress bar: (items, total, text)."""
     notes: list[str] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
+    """Loops and branches that no calibration batch ran."""
 
     def held_out(self) -> list[int]:
         """Calibration batches that no training sees, to judge by; all of them where there are too few to spare."""

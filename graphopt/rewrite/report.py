@@ -63,6 +63,8 @@ class Report:
     outputs: list[OutputDifference] = field(default_factory=list)
     samples: int = 0
     """How many input sets the outputs were compared on."""
+    unverified: str = ""
+    """Why the outputs could not be compared, in one sentence; empty where they were."""
     calibration: str = ""
     cost: dict[str, Any] = field(default_factory=dict)
     input: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +86,11 @@ class Report:
             "calibration": self.calibration,
             "passes": [asdict(p) for p in self.passes],
             "cost": self.cost,
-            "verification": {"samples": self.samples, "outputs": [asdict(o) for o in self.outputs]},
+            "verification": {
+                "samples": self.samples,
+                "outputs": [asdict(o) for o in self.outputs],
+                "unverified": self.unverified or None,
+            },
             "notes": self.notes,
             "environment": environment(),
         }

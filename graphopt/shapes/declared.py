@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from graphopt.graph import Dim, Graph
+from graphopt.onnxfile.isolation import isolated
 from graphopt.onnxfile.read import is_external
 from graphopt.onnxfile.tensors import TORCH_DTYPES
 
@@ -116,11 +117,11 @@ def _infer(proto: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
             twin.graph.node.append(node)
     if twin.ByteSize() > _MOST_BYTES:
         return []
-    try:
-        inferred = onnx.shape_inference.infer_shapes(twin, strict_mode=False, data_prop=True)
-    except Exception:  # an unknown opset or a malformed node; the shapes then come from elsewhere
-        return []
-    return list(inferred.graph.value_info)
+    # It raises on an unknown opset or a malformed node, and crashes on some; the shapes then come from elsewhere.
+    data = isolated(
+        lambda: onnx.shape_inference.infer_shapes(twin, strict_mode=False, data_prop=True).SerializeToString()
+    )
+    return [] if data is None else list(onnx.ModelProto.FromString(data).graph.value_info)
 
 
 def _add_constant(graph: onnx.GraphProto, name: str, tensor: onnx.TensorProto) -> None:

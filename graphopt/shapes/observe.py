@@ -135,7 +135,8 @@ class Evaluator:
         whole = env[node.all_input_nodes[0]] if node.target is operator.getitem else None
         if isinstance(whole, tuple):
             # A node may have thousands of outputs: looking at all of them for each would be quadratic.
-            return whole[node.args[1]]  # type: ignore[index]  # the index of an output
+            index = int(node.args[1])  # type: ignore[arg-type]  # of an output
+            return whole[index] if index < len(whole) else Unknown("its node gives fewer values than it declares")
         args: Any = fx.node.map_arg(node.args, env.__getitem__)
         kwargs: Any = fx.node.map_arg(node.kwargs, env.__getitem__)
         try:

@@ -295,7 +295,7 @@ def name_of(node: fx.Node) -> str:
     origin = node.meta.get("onnx")
     if origin is not None and origin.proto.name:
         return str(origin.proto.name)
-    return str(node.meta.get("onnx_name", node.name))
+    return str(node.meta.get("onnx_name") or node.meta.get("onnx_stem") or node.name)
 
 
 def ancestors(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from graphopt.rewrite.inlining import obstacle, take_name
+from graphopt.rewrite.inlining import take_name
 from graphopt.subgraphs import SubgraphOperator
 
 from .dims import broadcast
@@ -118,15 +118,11 @@ def decided_if(w: Workspace, node: fx.Node) -> fx.Node | None:
     """If with a constant condition: the nodes of the branch that runs."""
     call, index = (source(node), int(node.args[1])) if operation(node) == "getitem" else (node, 0)  # type: ignore[arg-type]  # an index
     operator, condition = w.module.get_submodule(str(call.target)), w.constant(call.args[0])
-    if not isinstance(operator, SubgraphOperator) or condition is None or condition.numel() != 1:
+    if not isinstance(operator, SubgraphOperator) or condition is None or condition.numel() != 1 or w.may_act(call):
         return None
     branch = operator.bodies["then_branch" if bool(condition) else "else_branch"]
-    if obstacle(branch) is not None:
-        return None
     outer = dict(zip(operator.captured, call.args[len(operator.proto.input) :], strict=True))
     taken = w.inlined(call, branch, [outer[spec.name] for spec in branch.inputs])[index]
-    if not isinstance(taken, fx.Node):
-        return None
     if w.made_by_inlining(taken):
         take_name(node, taken)
     return taken

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from graphopt.execute import execute
+from graphopt.errors import GraphOptError, NoRuntime
+from graphopt.execute import GraphInterpreter, execute
 from graphopt.graph import Graph
 from graphopt.verification.numbers import difference
 
@@ -22,6 +23,10 @@ from .workspace import Application, Workspace
 BATCHES = 2
 # So many differing values are run once more to measure by how much they differ.
 _MOST_MEASURED = 8
+
+
+# An expanded value may claim any size without taking memory.
+_MOST_ELEMENTS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,10 @@ class Check:
     """What a comparison found."""
 
     failures: list[Failure]
-    unchecked: int
+    random: int
     """Applications that random operators feed: their values differ from run to run anyway."""
+    unrun: int = 0
+    """Applications without a value to compare: an operator that nothing can run feeds them, or there is no data."""
 
 
 def check(graph: Graph, w: Workspace, batches: Iterable[tuple[Any, ...]]) -> Check:
@@ -48,19 +55,21 @@ def check(graph: Graph, w: Workspace, batches: Iterable[tuple[Any, ...]]) -> Che
     Values are hashed as they appear and kept nowhere, so this needs no more memory than running the model.
     Where values differ, only those that depend on no other one are failures: the others follow from them.
     """
-    pairs, unchecked = _pairs(graph, w)
+    pairs, random = _pairs(graph, w)
+    compared: set[fx.Node] = set()
     for values in [b for b, _ in zip(batches, range(BATCHES), strict=False)] if pairs else []:
         expected = _digests(graph, values, pairs, set())
+        compared.update(expected)
         done: set[fx.Node] = set()
         try:
             found = _digests(w.graph, values, {new for new, _ in pairs.values()}, done)
         except Exception as error:  # whatever an operator raises on operands that a wrong rule gave it
             stopped = next(n for n in w.graph.nodes if n not in done)
-            return Check(_crashed(pairs, stopped, error), unchecked)
-        differing = [old for old, (new, _) in pairs.items() if expected.get(old) != found.get(new)]
+            return Check(_crashed(pairs, stopped, error), random)
+        differing = [old for old, digest in expected.items() if digest != found.get(pairs[old][0])]
         if differing:
-            return Check(_measured(graph, w, pairs, _first(graph, differing), values), unchecked)
-    return Check([], unchecked)
+            return Check(_measured(graph, w, pairs, _first(graph, differing), values), random)
+    return Check([], random, len(pairs) - len(compared))
 
 
 Pairs = dict[fx.Node, tuple[fx.Node, Application]]
@@ -82,20 +91,38 @@ def _pairs(graph: Graph, w: Workspace) -> tuple[Pairs, int]:
     return pairs, unchecked
 
 
+class _AsFarAsPossible(GraphInterpreter):
+    """Runs all but the operators that nothing can run, and what depends on those: that has no value."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's value, or the mark of there being none."""
+        if n.op == "output" or all(self.env[each] is not _NOTHING for each in n.all_input_nodes):
+            try:
+                return super().run_node(n)
+            except NoRuntime:
+                pass
+        if self._observe is not None:
+            self._observe(n, _NOTHING)
+        return _NOTHING
+
+
+_NOTHING = object()
+
+
 def _observe(graph: Graph, values: Sequence[Any], observe: Callable[[fx.Node, Any], None]) -> None:
     with torch.no_grad():
-        execute(graph, values, observe)
+        execute(graph, values, observe, interpreter=_AsFarAsPossible)
 
 
 def _digests(
     graph: Graph, values: Sequence[Any], watched: Collection[fx.Node], done: set[fx.Node]
 ) -> dict[fx.Node, bytes]:
-    """Fingerprints of the watched nodes' values; `done` gets every node that could be run."""
+    """Fingerprints of the watched nodes' values; `done` gets every node that was come to."""
     found: dict[fx.Node, bytes] = {}
 
     def note(node: fx.Node, value: Any) -> None:
         done.add(node)
-        if node in watched:
+        if node in watched and value is not _NOTHING:
             found[node] = fingerprint(value)
 
     _observe(graph, values, note)
@@ -120,6 +147,9 @@ def _feed(update: Callable[[Any], None], value: Any) -> None:
         update(repr(value if array is None else (array.shape, array.tolist())).encode())
         return
     update(f"{value.dtype}{tuple(value.shape)}".encode())
+    if value.numel() > _MOST_ELEMENTS:
+        raise GraphOptError(f"cannot compare values of {list(value.shape)}, which no memory holds")
+    value = value.reshape(-1)  # some operators of torch stop at 64 axes
     if value.dtype.is_floating_point and value.dtype.itemsize > 1:
         value = torch.where(value.isnan(), torch.full_like(value, float("nan")), value)
     data = value.detach().cpu().contiguous().reshape(-1)
@@ -144,7 +174,7 @@ def _measured(graph: Graph, w: Workspace, pairs: Pairs, first: list[fx.Node], va
     kept: dict[fx.Node, Any] = {}
 
     def keep(node: fx.Node, value: Any) -> None:
-        if node in wanted:
+        if node in wanted and value is not _NOTHING:
             kept[node] = value
 
     wanted = {*measured, *(pairs[old][0] for old in measured)}

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import onnx
 import torch
 from torch import fx
 
 from graphopt.dialect import Operator, operator_of
 from graphopt.graph import Graph, attribute
 from graphopt.onnxfile.read import graphs
+from graphopt.onnxfile.scopes import stored, trained
 from graphopt.onnxfile.tensors import TORCH_DTYPES
 
 from .dims import Dim, Shape, plain, static, symbol
@@ -107,7 +109,7 @@ class Facts:
         self._known: dict[fx.Node, Fact] = {}
         self._specs = dict(zip(graph.placeholders, graph.inputs, strict=True))
         self.overridable = _overridable(graph)
-        """ONNX names of weights that are defaults of graph inputs: part of the interface, no constants."""
+        """ONNX names of weights that are no constants: defaults of graph inputs, and what the model's training sets."""
         self._packed = _packed(graph)
         source: Any = graph.source
         self._transient: frozenset[str] = getattr(source, "transient", frozenset())
@@ -149,6 +151,8 @@ class Facts:
         value = attribute(self.graph.module, str(node.target))
         name = node.meta.get("onnx_name")
         if not isinstance(value, torch.Tensor) or name in self._packed or name in self.overridable:
+            return UNKNOWN
+        if _is_packed(node.meta.get("onnx_brought")):
             return UNKNOWN
         # A module's parameters and buffers may be trained or loaded anew: only what torch.export lifted stays.
         if self.graph.onnx is None and str(node.target) not in self._transient and not _ours(node):
@@ -245,8 +249,7 @@ def _overridable(graph: Graph) -> frozenset[str]:
     if graph.onnx is None or graph.body is not None or graph.onnx.proto.ir_version < _IR_OF_DEFAULTS:
         return frozenset()
     proto = graph.onnx.proto.graph
-    stored = {t.name for t in proto.initializer} | {s.values.name for s in proto.sparse_initializer}
-    return frozenset(i.name for i in proto.input if i.name in stored)
+    return frozenset(stored(proto) & {i.name for i in proto.input} | trained(graph.onnx.proto))
 
 
 def _packed(graph: Graph) -> frozenset[str]:
@@ -258,7 +261,13 @@ def _packed(graph: Graph) -> frozenset[str]:
     for proto in graphs(graph.onnx.proto):
         found.update(t.name for t in proto.initializer if t.data_type not in TORCH_DTYPES)
         for node in proto.node:
-            packed = any(a.HasField("t") and a.t.data_type not in TORCH_DTYPES for a in node.attribute)
-            if node.op_type == "Constant" and packed:
+            if node.op_type == "Constant" and _is_packed(node):
                 found.update(node.output)
     return frozenset(found)
+
+
+def _is_packed(message: Any) -> bool:
+    """Whether an initialiser, or a Constant node, is of such a type."""
+    if isinstance(message, onnx.NodeProto):
+        return any(a.HasField("t") and _is_packed(a.t) for a in message.attribute)
+    return isinstance(message, onnx.TensorProto) and message.data_type not in TORCH_DTYPES

@@ -64,7 +64,7 @@ class Folder:
         operands = [view.argument(i).value for i in range(len(view.node.args)) if view.has(i)]
         if any(v is None for v in operands) or view.name in _NEVER or operation(view.node) != view.name:
             return None
-        if not pure(view.node):
+        if not pure(view.node) or (view.node.args and not operands):
             return None
         values = [v for v in operands if v is not None]
         reason = self._refusal(view, fact, values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import onnx
@@ -76,7 +76,7 @@ def pure(node: fx.Node, functions: Iterable[onnx.FunctionProto] = ()) -> bool:
     """
     proto = opaque_proto(node)
     if proto is not None:
-        return not _draws([proto], {(f.domain, f.name): f for f in functions}, set())
+        return not _some(lambda n: _is_unknown(n) or _draws(n), [proto], functions)
     if node.op != "call_function" or _is_random(node):
         return False
     if isinstance(node.target, torch._ops.OpOverload):
@@ -86,6 +86,17 @@ def pure(node: fx.Node, functions: Iterable[onnx.FunctionProto] = ()) -> bool:
     if isinstance(node.target, torch._ops.OpOverloadPacket):
         return node.target._qualified_op_name.startswith("graphopt::")
     return node.target is operator.getitem or operator_of(node.target) is not None  # type: ignore[arg-type]  # callable
+
+
+def may_act(node: fx.Node, functions: Iterable[onnx.FunctionProto] = ()) -> bool:
+    """Whether the node, for all we know, does something beside computing its results, as printing does.
+
+    Args:
+        node: any node.
+        functions: the model-local functions that an opaque node may call.
+    """
+    proto = opaque_proto(node)
+    return proto is not None and _some(_is_unknown, [proto], functions)
 
 
 def _seeded(node: fx.Node) -> bool:
@@ -101,19 +112,31 @@ def _is_random(node: fx.Node) -> bool:
     return node.op == "call_function" and any(word in name for word in _DRAWS)
 
 
-def _draws(nodes: Iterable[onnx.NodeProto], functions: dict[Any, onnx.FunctionProto], seen: set[Any]) -> bool:
-    """Whether one of the nodes, in subgraphs and called functions too, is random, or could be for all we know."""
-    for node in nodes:
-        function = functions.get((node.domain, node.op_type))
-        unknown = function is None and node.domain not in _KNOWN_DOMAINS
-        if unknown or any(word in node.op_type for word in _DRAWS):
-            return True
-        if function is not None and (node.domain, node.op_type) not in seen:
-            seen.add((node.domain, node.op_type))
-            if _draws(function.node, functions, seen):
+def _draws(node: onnx.NodeProto) -> bool:
+    return any(word in node.op_type for word in _DRAWS)
+
+
+def _is_unknown(node: onnx.NodeProto) -> bool:
+    return node.domain not in _KNOWN_DOMAINS
+
+
+def _some(
+    test: Callable[[onnx.NodeProto], bool], nodes: Iterable[onnx.NodeProto], functions: Iterable[onnx.FunctionProto]
+) -> bool:
+    """Whether the test holds for one of the nodes; those in subgraphs and in called functions are looked at too."""
+    known = {(f.domain, f.name, f.overload): f for f in functions}
+    seen: set[tuple[str, str, str]] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        key = (node.domain, node.op_type, node.overload)
+        pending += (inner for graph in _subgraphs(node) for inner in graph.node)
+        if key not in known:
+            if test(node):
                 return True
-        if any(_draws(graph.node, functions, seen) for graph in _subgraphs(node)):
-            return True
+        elif key not in seen:
+            seen.add(key)
+            pending += known[key].node
     return False
 
 

@@ -87,8 +87,8 @@ def _rewritten(w: Workspace, table: dict[str, list[rules.Rule]], node: fx.Node) 
             continue
         try:
             new = rule.apply(w, node)
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
-            continue  # operands or attributes that make no sense: no rule applies to them
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):
+            continue  # a required operand is missing, or an attribute makes no sense: no rule applies
         if new is not None and w.replace(rule.name, node, new, f"{rule.pattern} -> {rule.replacement}"):
             return new
     return None

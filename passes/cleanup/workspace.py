@@ -12,13 +12,15 @@ from torch import fx
 
 from graphopt.dialect import lookup, operator_of
 from graphopt.graph import Graph, attribute, fresh_attribute, set_attribute
+from graphopt.onnxfile.scopes import mentioned
 from graphopt.rewrite.inlining import inline
 from graphopt.sites.vocabulary import name_of
+from graphopt.subgraphs import weights_of_bodies
 
 from .dims import Shape
 from .facts import UNKNOWN, Fact, Facts, View
 from .folding import Folder
-from .operators import operation
+from .operators import may_act, operation
 
 _OF_THE_VALUE = ("val", "dtype", "rank", "shape")
 """What other parts of the toolkit note about a value; it holds for whatever computes the same value."""
@@ -63,9 +65,10 @@ class Workspace:
         self._fresh: set[fx.Node] = set()
         self._made: set[fx.Node] = set()
         self._from_body: set[fx.Node] = set()
-        self._inlined: dict[fx.Node, list[Any]] = {}
+        self._inlined: dict[fx.Node, list[fx.Node]] = {}
         self._stored: dict[Any, str] = {}
         self._kept: frozenset[fx.Node] = frozenset()
+        self._named = _named(graph)
         self.results = frozenset(self.graph.results)
         self.module = self.graph.module
         self.opset = 0 if graph.onnx is None else graph.onnx.opset()
@@ -129,7 +132,7 @@ class Workspace:
         self.facts.learn(node)
         return node
 
-    def inlined(self, at: fx.Node, body: Graph, values: Sequence[Any]) -> list[Any]:
+    def inlined(self, at: fx.Node, body: Graph, values: Sequence[Any]) -> list[fx.Node]:
         """The results of a body whose nodes now stand in front of `at`; once per round, however often it is asked."""
         if at not in self._inlined:
             self._inlined[at], new = inline(self.graph, at, body, values)
@@ -196,6 +199,10 @@ class Workspace:
         """The node of the original graph that has the same value."""
         return self._original.get(node)
 
+    def may_act(self, node: fx.Node) -> bool:
+        """Whether the node, for all we know, does something beside computing its results."""
+        return may_act(node, self.graph.onnx.proto.functions if self.graph.onnx is not None else ())
+
     def keep_dead(self) -> None:
         """Spare what has no use now."""
         live: set[fx.Node] = set()
@@ -205,14 +212,19 @@ class Workspace:
         self._kept = frozenset(n for n in self.graph.nodes if n not in live)
 
     def erase_dead(self) -> int:
-        """Erase what no output needs; the number of erased nodes, weights included, unused outputs of nodes not."""
+        """Erase what no output needs; the number of erased nodes, weights included, unused outputs of nodes not.
+
+        A weight that something knows by its name has a use without an edge: it stays in the model all the same.
+        """
         count = 0
         for node in reversed(list(self.graph.nodes)):
             if node.users or node in self._kept or node.meta.get("onnx_name") in self.facts.overridable:
                 continue
+            if self.may_act(node):
+                continue
             # To fx random operators are impure, also where they turned out to draw nothing and were replaced.
             if node in self._forward or node.op == "call_module" or not node.is_impure():
-                count += operation(node) != "getitem"
+                count += operation(node) != "getitem" and node.meta.get("onnx_name") not in self._named
                 self.graph.fx.erase_node(node)
         return count
 
@@ -236,6 +248,12 @@ def digest(value: torch.Tensor) -> bytes:
     if data.numel():
         state.update(data.view(torch.uint8).numpy().data)
     return state.digest()
+
+
+def _named(graph: Graph) -> frozenset[str]:
+    """ONNX names of weights that bodies use, or that the model speaks of beside its nodes."""
+    mentioned_too = mentioned(graph.onnx.proto) if graph.onnx is not None and graph.body is None else set()
+    return frozenset(weights_of_bodies(graph) | mentioned_too)
 
 
 def _drop(module: torch.nn.Module, target: str) -> None:

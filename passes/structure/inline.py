@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import fx
 
+from graphopt.frontends.onnx.scope import opsets_of
 from graphopt.rewrite.base import Equivalence, Pass
 from graphopt.rewrite.inlining import inline, obstacle, take_name
 from graphopt.rewrite.report import SiteReport
@@ -25,12 +27,13 @@ class Inline(Pass):
     """f(x), f a model-local function   ->   the nodes of f on x
 
     Other passes leave functions alone, since all calls share one body; what is inlined they can rewrite. Functions
-    that call functions are opened up too. A call of a function that imports another operator set version than the
-    model stays: the same node could mean something else there.
+    that call functions are opened up too, also inside of loops and branches. A call of a function that imports another
+    operator set version than the model stays: the same node could mean something else there.
     """
 
     name: ClassVar[str] = "inline"
     equivalence: ClassVar[Equivalence] = Equivalence.EXACT
+    is_proven: ClassVar[bool] = True
 
     functions: tuple[str, ...] = ()
     """Names of the functions to inline; empty means all."""
@@ -45,14 +48,15 @@ class Inline(Pass):
         """See `Pass.run`."""
         twin = graph.copy()
         reports: list[SiteReport] = []
-        pending = [node for node in twin.nodes if self._wanted(twin, node, context)]
+        pending = deque(node for node in twin.nodes if self._wanted(twin, node, context))
         size = len(twin.fx.nodes)
         while pending:
-            node = pending.pop(0)
+            node = pending.popleft()
             operator = twin.module.get_submodule(str(node.target))
             assert isinstance(operator, SubgraphOperator)
             body = operator.bodies["body"]
-            reason = obstacle(body) or _other_opset(twin, body)
+            values = (*node.args, *(None,) * (len(body.inputs) - len(node.args)))
+            reason = obstacle(body, values) or _other_opset(twin, body)
             size += len(body.fx.nodes)
             if size > self.most_nodes:
                 reason = f"the graph would have more than most_nodes={self.most_nodes} nodes"
@@ -60,7 +64,7 @@ class Inline(Pass):
             if reason is not None:
                 reports.append(SiteReport(name, kind, "refused", f"function {kind!r} is not inlined: {reason}"))
                 continue
-            new = _replace(twin, node, body)
+            new = _replace(twin, node, body, values)
             reports.append(SiteReport(name, kind, "rewritten", f"call of {kind!r} -> its {len(new)} nodes"))
             pending += [n for n in new if self._wanted(twin, n, context)]
         if not any(report.status == "rewritten" for report in reports):
@@ -79,13 +83,13 @@ class Inline(Pass):
         return named and (not context.only or name_of(node) in context.only)
 
 
-def _replace(graph: Graph, node: fx.Node, body: Graph) -> list[fx.Node]:
-    missing = (None,) * (len(body.inputs) - len(node.args))
-    results, new = inline(graph, node, body, (*node.args, *missing))
+def _replace(graph: Graph, node: fx.Node, body: Graph, values: Sequence[Any]) -> list[fx.Node]:
+    results, new = inline(graph, node, body, values)
     calls = {node: 0} if len(results) == 1 else {user: int(user.args[1]) for user in node.users}  # type: ignore[arg-type]  # an index
+    made = set(new)
     for call, index in calls.items():
         call.replace_all_uses_with(results[index])
-        if results[index] in new:
+        if results[index] in made:
             take_name(call, results[index])
     erase_dead(graph, calls)
     return new
@@ -94,11 +98,12 @@ def _replace(graph: Graph, node: fx.Node, body: Graph) -> list[fx.Node]:
 def _other_opset(graph: Graph, body: Graph) -> str | None:
     assert graph.onnx is not None, "only ONNX models have functions"
     assert body.onnx is not None
-    imports = body.onnx.proto.opset_import
-    for wanted in imports:
-        if wanted.domain not in {f.domain for f in graph.onnx.proto.functions}:
-            found = graph.onnx.opset(wanted.domain)
-            if found != wanted.version:
-                domain = wanted.domain or "ai.onnx"
-                return f"it imports version {wanted.version} of {domain}, the model version {found}"
+    functions = {f.domain for f in graph.onnx.proto.functions}
+    imported = opsets_of(graph.onnx.proto.opset_import)
+    for domain, wanted in opsets_of(body.onnx.proto.opset_import).items():
+        found = imported.get(domain)
+        if domain in functions or wanted == (found or 1):
+            continue
+        has = f"the model version {found}" if found else "which the model does not import"
+        return f"it imports version {wanted} of {domain or 'ai.onnx'}, {has}"
     return None

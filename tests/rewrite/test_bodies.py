@@ -58,7 +58,7 @@ def test_cleanup_enters_loops_and_branches():
     feeds = {"x": X, "c": np.array(True)}
     result = graph.apply("cleanup", calibration=[feeds])
     kinds = sorted({site.kind for p in result.report.passes for site in p.sites if site.status == "rewritten"})
-    assert kinds == ["dead-node", "identity", "involution", "times-one"]
+    assert kinds == ["identity", "involution", "times-one"]
     saved = to_proto(result.graph)
     loop = next(n for n in saved.graph.node if n.op_type == "Loop").attribute[0].g
     assert sorted(n.op_type for n in loop.node) == ["Identity", "If"]

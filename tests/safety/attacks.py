@@ -1,6 +1,8 @@
-"""All attacks by name."""
+"""All attacks by name: importing their modules registers them."""
 
-from . import attack_files, attack_graphs, attack_sizes, attack_tensors
+from . import attack_files, attack_functions, attack_graphs, attack_names, attack_sizes, attack_tensors
 from .registry import ATTACKS
 
-__all__ = ["ATTACKS", "attack_files", "attack_graphs", "attack_sizes", "attack_tensors"]
+MODULES = (attack_files, attack_functions, attack_graphs, attack_names, attack_sizes, attack_tensors)
+
+__all__ = ["ATTACKS", "MODULES"]

@@ -10,6 +10,7 @@ import onnx
 
 LOADS = "loads"
 EITHER = "either"
+STAGES = ("load", "save", "cleanup", "inspect")
 _MODEL = '<ir_version: 8, opset_import: ["": 17, "local": 1]>'
 
 
@@ -22,12 +23,14 @@ class Attack:
     """Writes the file into a folder; files for the attack to reach lie in its sibling `outside`."""
     expect: str
     """`LOADS`; `EITHER`; else a part of the sentence that refuses the file."""
+    stages: tuple[str, ...] = STAGES
+    """What is done with the file; not all of it where it takes long for an honest reason."""
 
 
 ATTACKS: dict[str, Attack] = {}
 
 
-def attack(expect: str, **arguments: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def attack(expect: str, *, stages: str = "", **arguments: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a builder, which returns a path, the bytes of a file, or a ModelProto."""
 
     def enter(build: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,7 +48,7 @@ def attack(expect: str, **arguments: Any) -> Callable[[Callable[..., Any]], Call
             path.write_bytes(made.SerializeToString() if isinstance(made, onnx.ModelProto) else made)
             return path
 
-        ATTACKS[label] = Attack(label, make, expect)
+        ATTACKS[label] = Attack(label, make, expect, tuple(stages.split()) or STAGES)
         return build
 
     return enter

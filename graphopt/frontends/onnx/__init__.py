@@ -27,5 +27,7 @@ def load_onnx(source: str | Path | OnnxFile) -> Graph:
     shared = Shared(file, TensorReader(file.folder), functions, opsets_of(file.proto.opset_import))
     try:
         return Scope(shared, file.proto.graph).run()
+    except MemoryError as error:
+        raise GraphOptError("the model needs more memory than there is; load it on a larger machine") from error
     except RecursionError as error:
         raise GraphOptError("the model's subgraphs are nested too deeply to be read; the file is corrupt") from error

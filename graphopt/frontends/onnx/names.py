@@ -53,7 +53,8 @@ class AttributeNames:
 
     def claim(self, name: str) -> str:
         """The weight's own dotted name where torch can hold it, else a flat one."""
-        parts = name.split(".")
+        # A name may be a million dots long.
+        parts = name[: _LONGEST + 1].split(".")
         prefixes = {".".join(parts[:i]) for i in range(1, len(parts))}
         held = len(name) <= _LONGEST and all(_plain(p) for p in parts)
         clash = prefixes & self._taken or name in self._prefixes

@@ -23,7 +23,7 @@ from graphopt.frontends.onnx.types import ElementTypes
 from graphopt.frontends.onnx.weights import constant_value, densify
 from graphopt.graph import Graph, GraphModule, Origin, ValueSpec, attribute, set_attribute
 from graphopt.onnxfile import OnnxFile, TensorReader
-from graphopt.onnxfile.scopes import Memo, captured, free
+from graphopt.onnxfile.scopes import Memo, captured, free, is_constant, trained
 from graphopt.opaque import OpaqueOperator
 from graphopt.subgraphs import SubgraphOperator, call_function
 
@@ -72,6 +72,8 @@ class Scope:
         self.inputs = InputNames()
         # Initialisers that are inputs too are only defaults; before IR 4 every initialiser stood among the inputs.
         self.overridable = {i.name for i in proto.input} if shared.file.proto.ir_version >= 4 else set()
+        if outer is None:
+            self.overridable |= trained(shared.file.proto)
 
     def run(self) -> Graph:
         """The graph.
@@ -80,17 +82,20 @@ class Scope:
             GraphOptError: something uses a value that nothing defines, or the nodes form a cycle.
         """
         proto = self.proto
+        for value in proto.input:
+            self.types.set(value.name, 0)  # whatever a value of that name is outside
         for values in (proto.value_info, proto.input, proto.output):
             self.types.declare(values)
         weights = {t.name for t in proto.initializer} | {s.values.name for s in proto.sparse_initializer}
         fed = [i for i in proto.input if i.name not in weights]
-        for value in fed:
-            self._input(value.name)
+        for each in fed:
+            self._input(each.name)
         inputs = [*map(value_spec, fed), *self._captures()]
         for tensor in proto.initializer:
-            self._weight(tensor.name, tensor)
+            self._weight(tensor.name, tensor).meta["onnx_tensor"] = tensor
         for sparse in proto.sparse_initializer:
-            self._store(sparse.values.name, densify(sparse, self.shared.reader))
+            dense = densify(sparse, self.shared.reader)
+            self._store(sparse.values.name, dense).meta["onnx_tensor"] = sparse
         for index in order(proto.node, self.values.keys(), self.shared.captured):
             self._node(index, proto.node[index])
         self.graph.output(tuple(self._value(o.name, "the graph's output") for o in proto.output))
@@ -151,7 +156,7 @@ class Scope:
         return node
 
     def _node(self, index: int, proto: onnx.NodeProto) -> None:
-        if proto.op_type == "Constant" and proto.domain in ("", "ai.onnx"):
+        if is_constant(proto):
             node = self._constant(proto)
             node.meta["onnx"] = Origin(proto, index, node.target, {})
             return
