@@ -8,10 +8,18 @@ if TYPE_CHECKING:
     from graphopt.rewrite.report import Report
 
 
+_LONGEST = 1000
+
+
 class GraphOptError(Exception):
     """Bad usage or unreadable input: one sentence of what was expected, what was found, what to do."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """One line, though what a file calls its nodes may have several, or be a book."""
+        text = " ".join(super().__str__().split())
+        return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 class NoRuntime(GraphOptError):

@@ -184,7 +184,7 @@ def opsets(kind):
     elif kind == "none":
         del model.opset_import[:]
     else:
-        for i in range(100_000):
+        for i in range(20_000):
             model.opset_import.add(domain=f"d{i}", version=i + 1)
     return model
 
@@ -203,7 +203,7 @@ def training_info():
 def metadata_of_many_bytes():
     model = adding()
     model.metadata_props.add(key="k" * 1_000_000, value="v" * 30_000_000)
-    for i in range(100_000):
+    for i in range(20_000):
         model.metadata_props.add(key=str(i), value="")
     return model
 

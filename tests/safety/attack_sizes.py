@@ -71,7 +71,7 @@ LOOP = """
 @attack(LOADS, trips=(1 << 63) - 1, most="trips", state="x", step="s", stages="load save inspect")
 @attack(LOADS, trips=(1 << 63) - 1, most="trips", state="start", step="s")
 @attack(LOADS, trips=1, most="", state="x", step="x", stages="load save inspect")
-@attack(LOADS, trips=1, most="", state="start", step="start")
+@attack(LOADS, trips=1, most="", state="start", step="start", stages="load save inspect")
 @attack(LOADS, trips=-1, most="trips", state="x", step="x")
 @attack(LOADS, trips=1, most="trips", state="x", step="x")
 def loop(trips, most, state, step):
@@ -80,7 +80,7 @@ def loop(trips, most, state, step):
 
 
 @attack(LOADS, where="loop")
-@attack(LOADS, where="branch")
+@attack(LOADS, where="branch", stages="load save inspect")
 @attack(LOADS, where="function")
 def loop_inside(where):
     """An endless loop where only a recursive look finds it."""
@@ -147,7 +147,7 @@ def chain_in_reverse_order():
 @attack(LOADS, dots=True)
 def many_weights(dots):
     graph = onnx.GraphProto(name="g", output=[float_value("y", 1)])
-    names = [f"layer.{i}.weight" if dots else f"w{i}" for i in range(1_500)]
+    names = [f"layer.{i}.weight" if dots else f"w{i}" for i in range(1_000)]
     graph.initializer.extend(P(name=name, data_type=1, dims=[1], raw_data=bytes(4)) for name in names)
     graph.node.add(op_type="Sum", input=names, output=["y"])
     return onnx.ModelProto(ir_version=8, graph=graph, opset_import=[helper.make_opsetid("", 17)])
@@ -158,7 +158,7 @@ def many_weights(dots):
 def names_that_collide(place):
     """Names that are all the same once only letters are left."""
     graph = onnx.GraphProto(name="g", input=[float_value("x", 1)], output=[float_value("y", 1)])
-    names = ["".join("+-!?"[i >> k & 3] for k in range(0, 12, 2)) for i in range(2_000)]
+    names = ["".join("+-!?"[i >> k & 3] for k in range(0, 12, 2)) for i in range(1_500)]
     if place == "weights":
         graph.initializer.extend(P(name=name, data_type=1, dims=[1], raw_data=bytes(4)) for name in names)
     else:
@@ -234,7 +234,7 @@ def doubling(ends):
     return parsed(f"g (float[4] v0) => (float[N] y) {{ {nodes} y = Relu(v40) }}")
 
 
-@attack(EITHER)
+@attack(EITHER, stages="load cleanup")
 def doubling_of_a_constant():
     nodes = " ".join(f"v{i + 1} = Concat<axis = 0>(v{i}, v{i})" for i in range(40))
     return parsed(f"g (float[4] x) => (float[N] y) <float[4] v0 = {{1, 2, 3, 4}}> {{ {nodes} y = Add(x, v40) }}")
