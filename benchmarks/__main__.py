@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 _HELPERS = {"common", "table", "__main__"}
+# Runs on request only: a million executions take a quarter of an hour.
+_LONG = {"fuzz"}
 
 
 def main() -> None:
     """Each benchmark is a module with `run()`, which prints a table and stores a JSON file."""
     here = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in _HELPERS]
-    wanted = sys.argv[1:] or [*here, "table"]
+    wanted = sys.argv[1:] or [*(name for name in here if name not in _LONG), "table"]
     unknown = set(wanted) - set(here) - {"table"}
     if unknown:
         sys.exit(f"no benchmark is called {sorted(unknown)[0]!r}; there are {', '.join(here)}")

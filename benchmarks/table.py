@@ -149,6 +149,21 @@ def _conformance(result: _Result) -> list[str]:
     ]
 
 
+def _fuzz(result: _Result) -> list[str]:
+    rows = [
+        [target, row["executions"], row["executions_per_second_and_process"], row["edges"], row["kinds"]]
+        for target, row in result["targets"].items()
+    ]
+    return [
+        "## Fuzzing",
+        f"{result['executions']:,} mutated models on {result['processes']} processes, guided by the coverage of graphopt's\n"
+        "own code. `load`: parse, check, import, save, parse again. `clean`: load, clean up, which runs the model before and\n"
+        "after, save. Whatever ends otherwise than in a graph or in one sentence is an escape: another exception, a crash,\n"
+        "more than 10 s, more than 2 GB, a saved model that is not the loaded one.",
+        _table(["target", "executions", "per second and process", "edges", "kinds of escapes"], rows),
+    ]
+
+
 def _same(kinds: dict[str, int] | None) -> str:
     if kinds is None:
         return "-"
@@ -162,4 +177,5 @@ _SECTIONS: dict[str, Callable[[_Result], list[str]]] = {
     "large_model": _large,
     "attention_recognition": _recognition,
     "conformance": _conformance,
+    "fuzz": _fuzz,
 }
