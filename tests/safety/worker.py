@@ -4,6 +4,7 @@ python -m safety.worker FOLDER NAME...      (with the folder above `safety` in t
 """
 
 import contextlib
+import functools
 import io
 import json
 import resource
@@ -96,16 +97,13 @@ class Stages:
 
     def inspect(self) -> None:
         """The command line says the same as an exception: exit code 2 and one sentence."""
-        import typer
-
         from graphopt import GraphOptError
-        from graphopt.cli import app
 
         stdout, stderr = io.StringIO(), io.StringIO()
         code: Any = 0
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             try:
-                typer.main.get_command(app).main(["inspect", str(self.path), "--json", str(self.out / "inspect.json")])
+                _command().main(["inspect", str(self.path), "--json", str(self.out / "inspect.json")])
             except SystemExit as error:
                 code = error.code
         # A name may hold what a terminal takes for a command.
@@ -116,6 +114,16 @@ class Stages:
             raise GraphOptError(said.removeprefix("error: ").strip())
         if code or said:
             raise RuntimeError(f"exit code {code}, and on stderr: {said}")
+
+
+@functools.cache
+def _command() -> Any:
+    """The command line; typer takes longer to put it together than many a model takes."""
+    import typer
+
+    from graphopt.cli import app
+
+    return typer.main.get_command(app)
 
 
 def run(name: str, folder: Path) -> None:
