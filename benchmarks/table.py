@@ -157,9 +157,9 @@ def _fuzz(result: _Result) -> list[str]:
     return [
         "## Fuzzing",
         f"{result['executions']:,} mutated models on {result['processes']} processes, guided by the coverage of\n"
-        "graphopt's own code. `load`: parse, check, import, save, parse again. `clean`: load, clean up, which runs the\n"
-        "model before and after, save. Whatever ends otherwise than in a graph or in one sentence is an escape: another\n"
-        "exception, a crash, more than 10 s, more than 2 GB, a saved model that is not the loaded one.",
+        "graphopt's own code. `load`: parse, check, import, save, parse again. `clean`: load, clean up, which runs\n"
+        "the model before and after, save. Whatever ends otherwise than in a graph or in one sentence is an escape:\n"
+        "another exception, a crash, more than 10 s, more than 2 GB, a saved model that is not the loaded one.",
         _table(["target", "executions", "per second and process", "edges", "kinds of escapes"], rows),
     ]
 
