@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 import onnx.helper
 from google.protobuf.unknown_fields import UnknownFieldSet
+from torch import fx
 
 from graphopt.backends.onnx.builder import ModelParts
 from graphopt.graph import Graph
@@ -35,9 +36,11 @@ class Emitted:
     """Constant nodes that came out of bodies."""
 
 
-def live_weights(graph: Graph, nodes: Sequence[onnx.NodeProto], parts: ModelParts) -> set[str]:
+def live_weights(
+    graph: Graph, names: Mapping[fx.Node, str], nodes: Sequence[onnx.NodeProto], parts: ModelParts
+) -> set[str]:
     """Names of the weights that are in use: in the graph, in the bodies below it, and beside the graph."""
-    own = {n.meta["onnx_name"] for n in graph.nodes if n.op == "get_attr" and "onnx_name" in n.meta}
+    own = {names[n] for n in graph.nodes if n.op == "get_attr" and n in names}
     live: set[str] = own.union(*(captured(node) for node in nodes))
     return live if graph.body is not None else live | parts.pinned
 
@@ -64,7 +67,7 @@ def assemble(new: onnx.GraphProto, old: onnx.GraphProto, emitted: Emitted) -> No
 
 
 def _with_constants_of_bodies(old: onnx.GraphProto, emitted: Emitted) -> list[onnx.NodeProto]:
-    """The emitted nodes, and the Constant nodes that only bodies use: those see them by name, without an edge."""
+    """The emitted nodes, and the Constant nodes that bodies use, or used: those see them by name, without an edge."""
     made = {name for node in emitted.nodes for name in node.output}
     lost = {
         node.output[0]: index
@@ -73,9 +76,9 @@ def _with_constants_of_bodies(old: onnx.GraphProto, emitted: Emitted) -> list[on
     }
     nodes: list[onnx.NodeProto] = []
     for node, place in zip(emitted.nodes, emitted.places, strict=True):
-        users = captured(node) if lost else ()
+        used = (*node.input, *captured(node)) if lost else ()
         for name, index in list(lost.items()):
-            if index < place or name in users:
+            if index < place or name in used:
                 nodes.append(old.node[lost.pop(name)])
         nodes.append(node)
     return nodes + [old.node[index] for index in lost.values()]

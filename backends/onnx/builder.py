@@ -27,13 +27,15 @@ class Names:
     """Names that are taken anywhere in the model, subgraphs included."""
 
     taken: set[str] = field(default_factory=set)
+    _counts: dict[str, int] = field(default_factory=dict)
 
     def fresh(self, stem: str) -> str:
         """A free name that starts with `stem`."""
-        name, count = stem, 0
+        name, count = stem, self._counts.get(stem, 0)
         while name in self.taken:
             count += 1
             name = f"{stem}_{count}"
+        self._counts[stem] = count
         self.taken.add(name)
         return name
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,12 +14,13 @@ from torch import fx
 from graphopt.backends.onnx.assemble import Emitted, assemble, finish, keep_unknown_fields, live_weights
 from graphopt.backends.onnx.builder import Builder, ModelParts, need
 from graphopt.backends.onnx.dialect_nodes import dialect_node
+from graphopt.backends.onnx.naming import Naming
 from graphopt.backends.onnx.table import Call, function_name, lookup
 from graphopt.dialect import operator_of
 from graphopt.dialect.binding import parameter_name
 from graphopt.errors import GraphOptError
 from graphopt.graph import Graph, Origin
-from graphopt.onnxfile.scopes import captured, defined_within, rename, rename_shards, stored
+from graphopt.onnxfile.scopes import defined_within, rename, rename_shards, stored
 from graphopt.onnxfile.tensors import to_tensor_proto
 from graphopt.subgraphs import SubgraphOperator
 
@@ -72,33 +72,27 @@ class Emitter:
         self.graph = graph
         self.proto = proto
         self.parts = parts
-        self.outer = outer or {}
-        self.names: dict[fx.Node, str] = {}
-        self.outputs: list[str] = []
+        self.moved = graph.source is not parts.source
+        self.names = Naming(graph, proto, parts.names, outer or {}, moved=self.moved)
         self.nodes: list[onnx.NodeProto] = []
         self.places: list[int] = []
         """Of each emitted node, its index in the graph that was read; -1 for a new one."""
         self.changed = False
-        self.taken: set[str] = set()
-        """Names of outputs that another value has now than in the graph that was loaded."""
-        # The bodies inside of an inlined function came to a place where their names may mean something else.
-        self.moved = graph.source is not parts.source
 
     def run(self, into: onnx.GraphProto) -> onnx.GraphProto:
         """The graph, written to `into`; where nothing was rewritten, the very one that was read."""
-        self._name_values()
         for node in self.graph.nodes:
             if node.op == "get_attr":
                 self._weight(node)
             elif node.op in ("call_function", "call_module", "call_method"):
                 self._call(node)
         self._emit_outputs()
-        live = live_weights(self.graph, self.nodes, self.parts)
+        live = live_weights(self.graph, self.names.of, self.nodes, self.parts)
         in_place = sorted(self.places) == list(range(len(self.proto.node)))
         if in_place and not self.changed and live >= stored(self.proto) and not self.parts.rebuild:
             return self.proto
         front = self.parts.constants if self.graph.body is None else ()
-        assemble(into, self.proto, Emitted(self.nodes, self.places, self.outputs, live, front))
+        assemble(into, self.proto, Emitted(self.nodes, self.places, self.names.outputs, live, front))
         return into
 
     def add(self, node: onnx.NodeProto, place: int = -1) -> None:
@@ -106,93 +100,39 @@ class Emitter:
         self.nodes.append(node)
         self.places.append(place)
 
-    # Names.
-
-    def _name_values(self) -> None:
-        """ONNX names for values that have one; a new value that is a graph output takes the output's name."""
-        taken_over = set(self.graph.captured)
-        for node in self.graph.nodes:
-            name = node.meta.get("onnx_name")
-            if name is None:
-                continue
-            if node.op == "placeholder" and name in taken_over:
-                self.names[node] = self.outer.get(name, name)
-            elif not (self.moved and _is_computed(node)):
-                self.names[node] = name
-        holders = {name: node for node, name in self.names.items()}
-        for spec, result in zip(self.graph.outputs, self.graph.results, strict=True):
-            self.outputs.append(self._output_name(spec.name, result, holders))
-
-    def _output_name(self, name: str, result: fx.Node, holders: dict[str, fx.Node]) -> str:
-        """Give the output's value the output's name where it may have it; the name of the output itself."""
-        if self.names.get(result) == name:
-            return name
-        holder = holders.get(name)
-        fixed = name in self.graph.captured or self._is_fixed(name, holder)
-        if self.graph.body is not None and (fixed or self.moved):
-            name = self.parts.names.fresh(name)  # the outputs of a body are known by their position
-        else:
-            need(not fixed, f"output {name!r} is an input or a weight too, so it cannot become another value")
-            self.taken.add(name)
-            if holder is not None:  # the value that had the output's name is still needed: it steps aside
-                self.names[holder] = self.parts.names.fresh(f"{name}/original")
-        if result not in self.names and result.op != "get_attr":
-            self.names[result] = name
-            holders[name] = result
-        return name
-
-    def _is_fixed(self, name: str, holder: fx.Node | None) -> bool:
-        """Whether the name is that of an input, or of a weight that something refers to by it."""
-        if holder is not None and holder.op != "get_attr":
-            return holder.op == "placeholder"
-        in_use = holder is not None or any(name in captured(n) for n in self.proto.node)
-        return in_use and name in stored(self.proto)
-
-    def _name(self, node: fx.Node) -> str:
-        if node not in self.names:
-            scope = node.meta.get("graphopt_site", "graphopt")
-            stem = node.meta.get("onnx_stem") or node.meta.get("onnx_name") or f"{scope}/{node.name}"
-            self.names[node] = self.parts.names.fresh(stem)
-        return self.names[node]
-
-    def _argument(self, value: Any) -> str:
-        return self._name(value) if isinstance(value, fx.Node) else ""
-
-    # Nodes.
-
     def _weight(self, node: fx.Node) -> None:
         origin = node.meta.get("onnx")
         if origin is not None:
-            self._keep(origin, (), {origin.proto.output[0]: self._name(node)})
+            self._keep(origin, (), {origin.proto.output[0]: self.names.value(node)})
             return
         if "onnx_name" in node.meta or not node.users:
             return
         if all(user.op != "output" and node in user.kwargs.values() for user in node.users):
             return  # the value of a tensor attribute
         if "onnx_brought" in node.meta:
-            self.names[node] = self.parts.bring(node.meta["onnx_brought"], node.meta["onnx_stem"])
+            self.names.of[node] = self.parts.bring(node.meta["onnx_brought"], node.meta["onnx_stem"])
             return
         value = self.graph.weight(node)
         need(isinstance(value, (torch.Tensor, np.ndarray)), f"weight {node.target} is no tensor")
-        self.names[node] = self.parts.names.fresh(str(node.target))
-        self.parts.initializers.append(to_tensor_proto(self.names[node], value))
+        self.names.of[node] = self.parts.names.fresh(str(node.target))
+        self.parts.initializers.append(to_tensor_proto(self.names.of[node], value))
 
     def _call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
-            self._name(node)
+            self.names.value(node)
             return
         origin = node.meta.get("onnx")
         if origin is not None and origin.holds_for(node):
             self._require(node, origin)
-            inputs = self._aliased(origin, [self._argument(a) for a in node.args])
-            self._keep(origin, inputs, self._renamed_outputs(node, origin), self._bodies(node, origin, inputs))
+            inputs = self._aliased(origin, [self.names.argument(a) for a in node.args])
+            self._keep(origin, inputs, self.names.renamed(node, origin), self._bodies(node, origin, inputs))
             return
         self.changed = True
         entry = operator_of(node.target)  # type: ignore[arg-type]  # a call_function's target is callable
         if entry is None:
             self._lower(node)
             return
-        made = dialect_node(self.graph, node, self._argument, self._output_names(node))
+        made = dialect_node(self.graph, node, self.names.argument, self.names.results(node))
         made.name = self.parts.names.fresh(node.name)
         if entry.domain:
             self.parts.require(entry.domain)
@@ -212,8 +152,8 @@ class Emitter:
         need(lowering is not None, f"no ONNX form of {function_name(node)!r} is registered (node {node.name})")
         assert lowering is not None
         builder = Builder(self.parts, str(node.meta.get("graphopt_site", "graphopt")))
-        args = fx.map_arg(node.args, self._argument)
-        kwargs = fx.map_arg(node.kwargs, self._argument)
+        args = fx.map_arg(node.args, self.names.argument)
+        kwargs = fx.map_arg(node.kwargs, self.names.argument)
         found = lowering(Call(builder, node, tuple(args), dict(kwargs)))
         self._adopt(builder, node, found)
         for made in builder.nodes:
@@ -221,10 +161,10 @@ class Emitter:
 
     def _adopt(self, builder: Builder, node: fx.Node, found: str) -> None:
         """Let the last value of a lowering carry the fx node's name where the outside expects one."""
-        if node not in self.names:
-            self.names[node] = found
+        if node not in self.names.of:
+            self.names.of[node] = found
             return
-        wanted = self.names[node]
+        wanted = self.names.of[node]
         producer = next((n for n in builder.nodes if found in n.output), None)
         if producer is None:
             builder.op("Identity", found, outputs=[wanted])
@@ -234,33 +174,6 @@ class Emitter:
             for i, name in enumerate(other.input):
                 if name == found:
                     other.input[i] = wanted
-
-    def _output_names(self, node: fx.Node) -> list[str]:
-        items = _items(node)
-        count = node.kwargs.get("outputs")
-        if isinstance(count, int) and count > 1:  # an operator that wants all of its outputs named
-            return [self._name(items[i]) if i in items else self._unread(node, i) for i in range(count)]
-        if not items:
-            return [self._name(node)]
-        return [self._name(items[i]) if i in items else "" for i in range(max(items) + 1)]
-
-    def _unread(self, node: fx.Node, index: int) -> str:
-        return self.parts.names.fresh(f"graphopt/{node.name}/{index}")
-
-    def _renamed_outputs(self, node: fx.Node, origin: Origin) -> dict[str, str]:
-        proto = origin.proto
-        if len(proto.output) == 1:
-            return {proto.output[0]: self._name(node)}
-        items = _items(node)
-        renamed = {proto.output[i]: self._name(item) for i, item in items.items() if proto.output[i]}
-        # What nothing reads any more still has to be called something where it may not be left out.
-        lost = [name for i, name in enumerate(proto.output) if name and i not in items]
-        inlined = origin.index < 0
-        return {
-            **renamed,
-            **{n: self.parts.names.fresh(f"{n}/original") for n in lost if n in self.taken},
-            **{n: self.parts.names.fresh(n) for n in lost if inlined or self.moved},
-        }
 
     def _aliased(self, origin: Origin, inputs: list[str]) -> list[str]:
         """Operands of a node, those under another name whose new name means something else in the node's bodies."""
@@ -322,22 +235,12 @@ class Emitter:
         self.add(twin, origin.index)
 
     def _emit_outputs(self) -> None:
-        for name, result in dict(zip(self.outputs, self.graph.results, strict=True)).items():
-            if self._name(result) == name:
+        for name, result in dict(zip(self.names.outputs, self.graph.results, strict=True)).items():
+            if self.names.value(result) == name:
                 continue
             self.changed = True
             node = self.parts.names.fresh(f"{name}/identity")
-            self.add(onnx.helper.make_node("Identity", [self._name(result)], [name], name=node))
-
-
-def _is_computed(node: fx.Node) -> bool:
-    """Whether an ONNX node defines the value; that of a Constant is a weight here."""
-    return node.op.startswith("call") or "onnx" in node.meta
-
-
-def _items(node: fx.Node) -> dict[int, fx.Node]:
-    """The values that are taken out of a node with several outputs, by output."""
-    return {int(u.args[1]): u for u in node.users if u.target is operator.getitem}  # type: ignore[arg-type]  # an index
+            self.add(onnx.helper.make_node("Identity", [self.names.value(result)], [name], name=node))
 
 
 def _changed(old: onnx.NodeProto, made: onnx.NodeProto) -> onnx.NodeProto:

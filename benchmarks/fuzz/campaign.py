@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fuzz import escapes
-from benchmarks.fuzz.seeds import seeds
+from benchmarks.fuzz.seeds import regressions, seeds
 
 # Cleaning up runs each model several times, and takes five times as long as loading it.
 SHARES = {"load": 0.9, "clean": 0.1}
@@ -70,7 +70,7 @@ class Campaign:
         self._starts = 0
         for folder in ("seeds", "artifacts", "escapes"):
             (state / folder).mkdir(parents=True, exist_ok=True)
-        for name, data in seeds().items():
+        for name, data in {**seeds(), **regressions()}.items():
             (state / "seeds" / name).write_bytes(data)
         for path in (state / "escapes").glob("*.onnx"):
             (state / "seeds" / f"escape-{path.stem}").write_bytes(path.read_bytes())
@@ -110,7 +110,7 @@ class Campaign:
             log = self.state / f"log-{target}-{number}"
             seed = str(self._seed * 1000 + int(self.totals.deaths) + self._starts)
             command = [sys.executable, "-m", "benchmarks.fuzz.worker", target, str(self.state), str(number), str(runs)]
-            with log.open("wb") as stream:
+            with log.open("ab") as stream:
                 environment = {**os.environ, "OMP_NUM_THREADS": "1"}
                 process = subprocess.Popen([*command, seed], stdout=stream, stderr=stream, env=environment)
             return _Process(target, number, runs, process, log, time.monotonic())

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
 import onnx
 from google.protobuf.descriptor import FieldDescriptor as Field
-from google.protobuf.message import Message
 
 # An input that passes this is cut back to what it was made from: large inputs say no more than small ones.
 LARGEST = 8192
@@ -77,11 +76,10 @@ def _field(model: onnx.ModelProto, random: Random, donor: onnx.ModelProto) -> No
     message: Any = model
     while True:
         held = message.ListFields()
-        descriptor, value = random.choice(held) if held and random.random() < 0.9 else (None, None)
-        if descriptor is None:
-            descriptor = random.choice(message.DESCRIPTOR.fields)
-            _set(message, descriptor, random)
+        if not held or random.random() < 0.1:
+            _set(message, random.choice(message.DESCRIPTOR.fields), random)
             return
+        descriptor, value = random.choice(held)
         if descriptor.type != Field.TYPE_MESSAGE:
             _set(message, descriptor, random)
             return
@@ -178,7 +176,7 @@ def _nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 def _names(model: onnx.ModelProto, random: Random) -> str:
     graph = random.choice(_graphs(model))
-    names = [*(i.name for i in graph.input), *(t.name for t in graph.initializer)]
+    names: list[str] = [*(i.name for i in graph.input), *(t.name for t in graph.initializer)]
     names += [name for node in graph.node for name in node.output]
     return random.choice([*names, ""])
 
@@ -359,12 +357,3 @@ def broken(data: bytes, random: Random) -> bytes:
         else:
             changed[place:place] = bytes(random.choice((0, 0x7F, 0x80, 0xFF)) for _ in range(length))
     return bytes(changed[:LARGEST])
-
-
-def messages(message: Message) -> Iterator[Message]:
-    """A message and all messages in it."""
-    yield message
-    for descriptor, value in message.ListFields():
-        if descriptor.type == Field.TYPE_MESSAGE:
-            for inner in value if descriptor.is_repeated else [value]:
-                yield from messages(inner)

@@ -95,7 +95,9 @@ def _usage(error: Any) -> str:
 
 def say(text: str, code: int) -> int:
     """Print one line on stderr and return `code`."""
-    line = " ".join(text.split())
+    from graphopt.cli.terminal import visible
+
+    line = visible(" ".join(text.split()))
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
     # A closed stderr is no reason to lose the exit code.

@@ -106,7 +106,8 @@ def _operators(graph: Graph) -> dict[str, Any]:
     runs: Counter[str] = Counter()
     opaque: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
-    for level, node in ((level, node) for level in walk(graph) for node in level.nodes):
+    nodes = ((level, node) for level in walk(graph) for node in level.nodes)
+    for level, node in nodes:
         origin = node.meta.get("onnx")
         if origin is None:
             continue

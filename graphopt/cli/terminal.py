@@ -37,6 +37,13 @@ class _Console(Console):
         raise BrokenPipeError
 
 
+def visible(text: str) -> str:
+    """Text in which nothing is a command to the terminal: a file may call its nodes what it likes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class Terminal:
     """The output of one command.
 
@@ -73,7 +80,7 @@ class Terminal:
 
     def print(self, text: str = "", style: str | None = None) -> None:
         """One line for people."""
-        self._out.print(text, style=style)
+        self._out.print(visible(text), style=style)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """A table for people; columns whose name ends in `>` are numbers. Nothing where there are no rows."""
@@ -82,7 +89,7 @@ class Terminal:
             right = column.endswith(">")
             table.add_column(column.rstrip(">"), justify="right" if right else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(Text(str(cell), style=_STYLES.get(str(cell), "")) for cell in row))
+            table.add_row(*(Text(visible(str(cell)), style=_STYLES.get(str(cell), "")) for cell in row))
         if not table.row_count:
             return
         if title:

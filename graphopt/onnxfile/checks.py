@@ -77,7 +77,8 @@ class _Checker:
     def function(self, function: onnx.FunctionProto) -> None:
         """Check a function: its signature and its nodes."""
         label = f"the function {_text(function.name)!r}"
-        _domain(function.domain)
+        for text in (function.domain, function.overload, *function.attribute):
+            _text(text)
         _distinct(function.input, f"an input of {label}")
         _distinct(function.output, f"an output of {label}")
         for attribute in function.attribute_proto:
@@ -94,10 +95,10 @@ class _Checker:
         inputs = [value.name for value in graph.input]
         _distinct(inputs, "an input of a graph")
         _distinct(weights, "an initialiser")
-        for value in (*graph.input, *graph.output):
-            _value(value)
-        for value in graph.value_info:
-            _text(value.name)
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            _type(value)
+        if not all(value.name for value in graph.output):
+            raise GraphOptError("an output of a graph has no name; the file is corrupt")
         for tensor in graph.initializer:
             check_tensor(tensor)
         for sparse in graph.sparse_initializer:
@@ -235,9 +236,8 @@ def _distinct(names: Iterable[str], what: str) -> None:
         seen.add(name)
 
 
-def _value(value: onnx.ValueInfoProto) -> None:
-    if not _text(value.name):
-        raise GraphOptError("an input or output of a graph has no name; the file is corrupt")
+def _type(value: onnx.ValueInfoProto) -> None:
+    _text(value.name)
     kind = value.type
     while kind.WhichOneof("value") in ("sequence_type", "optional_type", "map_type"):
         which = kind.WhichOneof("value")

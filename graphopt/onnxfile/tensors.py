@@ -105,6 +105,7 @@ class TensorReader:
             data = np.asarray(self._mapped(proto))
         elif proto.HasField("raw_data"):
             data = np.frombuffer(proto.raw_data, np.uint8)
+            _check_exact(proto, packed_size(code, dims), data.size)
         elif code in (_P.FLOAT6E2M3, _P.FLOAT6E3M2):
             return _typed(proto)  # as numbers these are stored one by one, unlike all others of the kind
         else:
@@ -139,15 +140,20 @@ def _check_size(proto: onnx.TensorProto, wanted: int, found: int) -> None:
         )
 
 
+def _check_exact(proto: onnx.TensorProto, wanted: int, found: int) -> None:
+    if found > wanted:
+        raise GraphOptError(
+            f"tensor {proto.name!r} of shape {list(proto.dims)} takes {wanted} bytes, but the file holds {found}; "
+            "it is corrupt"
+        )
+
+
 def _view(buffer: Any, dtype: torch.dtype, proto: onnx.TensorProto, *, exact: bool = False) -> torch.Tensor:
     dims = list(proto.dims)
     wanted = math.prod(dims) * dtype.itemsize
     _check_size(proto, wanted, len(buffer))
-    if exact and len(buffer) != wanted:
-        raise GraphOptError(
-            f"tensor {proto.name!r} of shape {dims} takes {wanted} bytes, but the file holds {len(buffer)}; "
-            "it is corrupt"
-        )
+    if exact:
+        _check_exact(proto, wanted, len(buffer))
     if wanted == 0:
         return torch.empty(dims, dtype=dtype)
     with warnings.catch_warnings():

@@ -29,7 +29,8 @@ def run_everywhere(item: Pass, graph: Graph, context: Context) -> tuple[Graph, l
     """
     rewritten, sites = item.run(graph, context)
     reports = list(sites)
-    describe_captured(rewritten)
+    if rewritten.body is None:  # that of a body was done from outside, for all levels
+        describe_captured(rewritten)
     if not any(_is_worth_it(item, body) for _, _, body in bodies_of(rewritten)):
         return rewritten, reports
     student = graph.copy() if rewritten is graph else rewritten

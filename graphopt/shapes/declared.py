@@ -118,8 +118,10 @@ def _infer(proto: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     if twin.ByteSize() > _MOST_BYTES:
         return []
     # It raises on an unknown opset or a malformed node, and crashes on some; the shapes then come from elsewhere.
+    # On others it never ends: a few nodes take milliseconds, and 10^5 of them seconds.
     data = isolated(
-        lambda: onnx.shape_inference.infer_shapes(twin, strict_mode=False, data_prop=True).SerializeToString()
+        lambda: onnx.shape_inference.infer_shapes(twin, strict_mode=False, data_prop=True).SerializeToString(),
+        seconds=2 + twin.ByteSize() / 1e6,
     )
     return [] if data is None else list(onnx.ModelProto.FromString(data).graph.value_info)
 

@@ -11,7 +11,7 @@ from graphopt.rewrite.report import SiteReport
 
 from . import rules
 from .checking import Failure, check
-from .operators import mutates
+from .operators import all_known, mutates
 from .sweep import Rewritten, Settings, rewrite
 from .workspace import Key
 
@@ -82,8 +82,8 @@ class Cleanup(Pass):
                 wrong = {failure.application.rule for failure in failures}
                 settings = replace(settings, chosen=[n for n in settings.chosen if n not in wrong])
         if found.random:
-            what = "operators that are random, or that nobody knows, feed them"
-            context.notes.append(f"{found.random} rewrites could not be compared: {what}")
+            what = "random operators" if all_known(graph) else "operators that are random, or that nobody knows,"
+            context.notes.append(f"{found.random} rewrites could not be compared: {what} feed them")
         if found.unrun:
             context.notes.append(f"{found.unrun} rewrites could not be compared: nothing here can run what feeds them")
         return result, failures

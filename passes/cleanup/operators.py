@@ -99,6 +99,12 @@ def may_act(node: fx.Node, functions: Iterable[onnx.FunctionProto] = ()) -> bool
     return proto is not None and _some(_is_unknown, [proto], functions)
 
 
+def all_known(graph: Graph) -> bool:
+    """Whether the graph holds no operator of which nothing is known."""
+    functions = graph.onnx.proto.functions if graph.onnx is not None else ()
+    return not any(may_act(node, functions) for node in graph.nodes)
+
+
 def _seeded(node: fx.Node) -> bool:
     tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
     return torch.Tag.nondeterministic_seeded in tags

@@ -97,6 +97,19 @@ def a_constant_branch_with_branches_inside() -> Odd:
 
 
 @one
+def a_constant_branch_that_uses_constants_around_it() -> ModelProto:
+    """Nothing but the branch uses them; once they stand beside its nodes they have to stand in front of those."""
+    return parsed("""g (float[N, 4] x) => (float[N, 4] y) <int64 n = {2}, bool yes = {1}, float[4] o = {1, 2, 1, 2}> {
+        k = Constant<value_float = 0.5>()
+        a = If(yes) <then_branch = t () => (float[N, 4] p) { u = Exp(x) d = Mul(u, k) p = Mul(d, o) },
+                     else_branch = e () => (float[N, 4] q) { q = Neg(x) }>
+        y = Loop(n, , a) <body = b (int64 i, bool go, float[N, 4] s) => (bool on, float[N, 4] r) {
+            on = Identity(go) l = Constant<value_floats = [1.0, 2.0, 3.0, 4.0]>()
+            r = If(yes) <then_branch = t () => (float[N, 4] p) { d = Mul(s, l) p = Sub(d, o) },
+                         else_branch = e () => (float[N, 4] q) { q = Neg(s) }> }> }""")
+
+
+@one
 def a_constant_branch_that_returns_a_weight() -> ModelProto:
     return parsed("""g (float[N, 4] x) => (float[N, 4] y, float[4] z) <bool yes = {1}, float[4] o = {1, 2, 1, 2}> {
         h = Neg(x)

@@ -172,6 +172,24 @@ def a_function_with_loops_and_branches() -> Odd:
 
 
 @one
+def a_function_with_constants_in_its_branches() -> Odd:
+    """Called beside, and inside of, a graph with the same names."""
+    return Odd(
+        parsed("""g (float[N, 4] x, bool c) => (float[N, 4] y) {
+            k = Constant<value_float = 0.5>() h = Mul(x, k) z = own.f(h, c)
+            y = If(c) <then_branch = t () => (float[N, 4] p) {
+                           l = Constant<value_float = 4.0>() u = own.f(z, c) p = Mul(u, l) },
+                       else_branch = e () => (float[N, 4] q) { q = own.f(h, c) }> }
+        <domain: "own", opset_import: ["": 21]> f (v, c) => (r) {
+            r = If(c) <then_branch = t () => (float[N, 4] p) {
+                           k = Constant<value_float = 2.0>() l = Constant<value_floats = [1.0, 2.0, 3.0, 4.0]>()
+                           u = Mul(v, k) p = Sub(u, l) },
+                       else_branch = e () => (float[N, 4] q) { k = Constant<value_float = 3.0>() q = Mul(v, k) }> }"""),
+        BOTH,
+    )
+
+
+@one
 def a_function_that_is_called_in_branches() -> Odd:
     return Odd(
         parsed("""g (float[N, 4] x, bool c) => (float[N, 4] y) <float[4] w = {1, 2, 3, 4}> {

@@ -22,7 +22,7 @@ from graphopt.subgraphs import walk
 from .attention import attention, batches
 from .checks import check_names, is_valid, session
 from .models import MODELS
-from .odd import BOTH, BRANCHES, X, branch, info, parsed, tensor
+from .odd import BOTH, BRANCHES, P, X, branch, info, parsed, tensor
 
 LINEARIZE = "linearize{fit_steps=0,max_error=9}"
 
@@ -171,8 +171,8 @@ def test_a_new_node_gets_a_name_and_a_domain_of_its_own(tmp_path: Path) -> None:
     np.testing.assert_allclose(on_onnxruntime(saved, {"x": X}, tmp_path)[0], expected, rtol=1e-6)
 
 
-def replaced(graph: Graph, level: Graph, name: str, operator: str) -> None:
-    """Let another operator compute an output of a graph, beside the value that was it."""
+def replaced(level: Graph, operator: str) -> None:
+    """Let another operator compute the first output of a graph, beside the value that was it."""
     old = level.results[0]
     with level.fx.inserting_before(next(n for n in level.nodes if n.op == "output")):
         new = level.fx.call_function(dialect.lookup("", operator, 21).function, (old,))
@@ -188,7 +188,7 @@ def test_a_body_that_returns_another_value_than_an_outer_one() -> None:
         y = Add(z, h) }""")
     graph = loaded(proto).copy()
     body = next(level for level in walk(graph) if level.proto.name == "t")
-    replaced(graph, body, "h", "Neg")
+    replaced(body, "Neg")
     saved = to_proto(graph)
     check_names(saved.graph)
     inner = saved.graph.node[1].attribute[0].g
@@ -208,6 +208,33 @@ def test_an_output_that_is_also_something_else_cannot_become_another_value(name:
         assert to_proto(graph).graph.output == MODELS[name].model.graph.output
         return
     with pytest.raises(GraphOptError, match="is an input or a weight too"):
+        to_proto(graph)
+
+
+def test_an_output_that_a_body_uses_becomes_another_value() -> None:
+    proto = parsed("""g (float[N, 4] x, bool c) => (float[N, 4] y, float[N, 4] z) {
+        y = Neg(x)
+        z = If(c) <then_branch = t () => (float[N, 4] p) { p = Abs(y) },
+                   else_branch = e () => (float[N, 4] q) { q = Exp(y) }> }""")
+    graph = loaded(proto).copy()
+    old = graph.results[0]
+    with graph.fx.inserting_after(old):
+        new = graph.fx.call_function(dialect.lookup("", "Abs", 21).function, old.args)
+    old.replace_all_uses_with(new)
+    graph.fx.erase_node(old)
+    first, second = to_proto(graph).graph.node
+    assert (first.op_type, list(first.input), list(first.output)) == ("Abs", ["x"], ["y"])
+    assert second == proto.graph.node[1]
+
+
+def test_an_output_that_bodies_know_by_name_cannot_become_another_value() -> None:
+    proto = parsed("""g (float[N, 4] x, bool c) => (float[4] k, float[N, 4] z) {
+        k = Constant<value_floats = [1.0, 2.0, 3.0, 4.0]>()
+        z = If(c) <then_branch = t () => (float[N, 4] p) { p = Mul(x, k) },
+                   else_branch = e () => (float[N, 4] q) { q = Div(x, k) }> }""")
+    graph = loaded(proto).copy()
+    replaced(graph, "Neg")
+    with pytest.raises(GraphOptError, match="output 'k' is an input or a weight too"):
         to_proto(graph)
 
 
@@ -232,6 +259,17 @@ def test_equal_branches_that_know_other_weights_are_not_merged(tmp_path: Path) -
     odd = MODELS["a function with loops and branches"]
     result = loaded(odd.model).apply(["inline", "cleanup"], calibration=list(odd.feeds))
     assert operators(to_proto(result.graph)).count("Loop") == 3
+
+
+def test_a_function_without_imports_has_those_of_the_model() -> None:
+    proto = parsed("""g (float[N, 4] x, bool c) => (float[N, 4] y) { y = own.f(x, c) }
+        <domain: "own", opset_import: ["": 21]> f (v, c) => (r) {
+            r = If(c) <then_branch = t () => (float[N, 4] p) {
+                           a = Transpose<perm = [1, 0]>(v) b = Transpose<perm = [1, 0]>(a) p = Neg(b) },
+                       else_branch = e () => (float[N, 4] q) { q = Exp(v) }> }""")
+    del proto.functions[0].opset_import[:]
+    found = to_proto(loaded(proto).apply(["inline", "cleanup"], calibration=list(BOTH)).graph)
+    assert [[n.op_type for n in branch(found, i).node] for i in range(2)] == [["Neg"], ["Exp"]]
 
 
 def test_a_function_of_an_unimported_version_stays() -> None:
@@ -308,3 +346,16 @@ def test_another_function_of_the_same_name_is_not_taken_for_ours() -> None:
         f.name for f in saved.functions
     ][:2] == [name, f"{name}_1"]
     assert name not in {n.op_type for n in saved.graph.node}
+
+
+@pytest.mark.parametrize("name", ["4-bit constant of a function", "4-bit constant that a function reshapes"])
+@pytest.mark.parametrize("passes", ["inline", "inline+cleanup"])
+def test_4_bit_weights_stay_such(name: str, passes: str) -> None:
+    """Their carriers have 8 bits."""
+    proto = MODELS[name].model
+    graph = loaded(proto)
+    saved = to_proto(graph.apply(passes.split("+"), calibration=[{"x": X}]).graph)
+    stored = [a.t for n in saved.graph.node for a in n.attribute if n.op_type == "Constant" and a.name == "value"]
+    assert [t.data_type for t in stored] == [P.INT4]
+    assert "Reshape" in operators(saved) or "reshapes" not in name  # folded, it would have 8 bits
+    np.testing.assert_array_equal(loaded(saved).run({"x": X})["z"], graph.run({"x": X})["z"])

@@ -21,6 +21,8 @@ _LONGEST = 200
 def identifier(name: str) -> str:
     """A readable Python identifier for an ONNX name; fx makes it unique."""
     text = _UNFIT.sub("_", name[:_LONGEST]).strip("_") or "value"
+    if text == "self":
+        return "self_"  # the module, in the source that fx writes
     return f"v{text}" if text[0].isdigit() else text
 
 

@@ -263,9 +263,10 @@ class Scope:
 
         def imported(types: Sequence[int]) -> Graph:
             graph = body(function, proto)
-            source = onnx.ModelProto(ir_version=self.shared.file.proto.ir_version, opset_import=function.opset_import)
+            imports = function.opset_import or self.shared.file.proto.opset_import
+            source = onnx.ModelProto(ir_version=self.shared.file.proto.ir_version, opset_import=imports)
             file = OnnxFile(source, self.shared.file.path)
-            opsets = opsets_of(function.opset_import or self.shared.file.proto.opset_import)
+            opsets = opsets_of(imports)
             shared = Shared(file, self.shared.reader, self.shared.functions, opsets, bodies=self.shared.bodies)
             scope = Scope(shared, graph)
             for formal, code in zip(function.input, types, strict=False):
