@@ -64,7 +64,7 @@ class Fallback:
         if not many:
             return self._merged(node, 0, declared[0] if declared else None, results, reason, size_of)
         count = len(declared) if declared is not None else len(results[0])
-        if any(len(r) < count for r in results):
+        if any(not isinstance(r, (list, tuple)) or len(r) < count for r in results):
             return Unknown(f"{reason}; it gives fewer values than it declares")
         return tuple(
             self._merged(node, i, declared[i] if declared else None, [r[i] for r in results], reason, size_of)
