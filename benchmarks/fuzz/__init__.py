@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -41,6 +43,8 @@ def run(
     from benchmarks.common import show, store
     from benchmarks.fuzz.campaign import Campaign
 
+    # Ended from outside, it still counts what was done.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     campaign = Campaign(state.resolve(), executions, workers or os.cpu_count() or 1, seed)
     started = time.monotonic()
     columns = (TextColumn("executions"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

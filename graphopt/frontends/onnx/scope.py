@@ -222,7 +222,9 @@ class Scope:
         """A keyword argument as fx can hold it: tensors lie in the module."""
         if not hasattr(value, "shape"):
             return value
-        target = self.attributes.claim(f"attribute_{identifier(proto.output[0])}_{key}")
+        target = self.attributes.claim(
+            f"attribute_{identifier(proto.output[0] if proto.output else proto.op_type)}_{key}"
+        )
         set_attribute(self.root, target, value)
         return self.graph.get_attr(target)
 
