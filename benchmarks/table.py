@@ -161,6 +161,10 @@ def _fuzz(result: _Result) -> list[str]:
         "the model before and after, save. Whatever ends otherwise than in a graph or in one sentence is an escape:\n"
         "another exception, a crash, more than 10 s, more than 2 GB, a saved model that is not the loaded one.",
         _table(["target", "executions", "per second and process", "edges", "kinds of escapes"], rows),
+        _table(
+            ["target", "escape", "executions", "what became of it"],
+            ([e["target"], e["kind"], e["count"], e.get("status", "open")] for e in result["escapes"]),
+        ),
     ]
 
 
