@@ -78,6 +78,8 @@ def test_interrupted_while_fitting(
         text=True,
         cwd=model.parent,
         env={**os.environ, "CLITEST_MARKER": str(marker)},
+        # A shell lets what it runs in the background ignore interrupts, and processes inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 100
     while not marker.exists() and time.monotonic() < deadline and process.poll() is None:
