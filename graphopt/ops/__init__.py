@@ -4,6 +4,15 @@ The reference is the specification; backends register kernels and ONNX translati
 """
 
 from graphopt.ops.hedgehog_map import hedgehog_map
+from graphopt.ops.kernel_attention import kernel_attention
 from graphopt.ops.linear_attention import linear_attention
+from graphopt.ops.window_attention import window_attention
+from graphopt.ops.windowed_linear_attention import windowed_linear_attention
 
-__all__ = ["hedgehog_map", "linear_attention"]
+__all__ = [
+    "hedgehog_map",
+    "kernel_attention",
+    "linear_attention",
+    "window_attention",
+    "windowed_linear_attention",
+]
