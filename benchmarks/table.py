@@ -159,13 +159,19 @@ def _fuzz(result: _Result) -> list[str]:
         f"{result['executions']:,} mutated models on {result['processes']} processes, guided by the coverage of\n"
         "graphopt's own code. `load`: parse, check, import, save, parse again. `clean`: load, clean up, which runs\n"
         "the model before and after, save. Whatever ends otherwise than in a graph or in one sentence is an escape:\n"
-        "another exception, a crash, more than 10 s, more than 2 GB, a saved model that is not the loaded one.",
+        "another exception, a crash, more than 10 s, more than 2 GB, a saved model that is not the loaded one.\n"
+        "`clean` skips models whose declared inputs have more than 16,384 elements: running those takes long for an\n"
+        "honest reason.",
         _table(["target", "executions", "per second and process", "edges", "kinds of escapes"], rows),
-        _table(
-            ["target", "escape", "executions", "what became of it"],
-            ([e["target"], e["kind"], e["count"], e.get("status", "open")] for e in result["escapes"]),
-        ),
+        *_escapes(result["escapes"]),
     ]
+
+
+def _escapes(found: list[dict[str, Any]]) -> list[str]:
+    if not found:
+        return ["Nothing escaped."]
+    rows = ([e["target"], e["kind"], e["count"], e.get("status", "open")] for e in found)
+    return [_table(["target", "escape", "executions", "what became of it"], rows)]
 
 
 def _same(kinds: dict[str, int] | None) -> str:
