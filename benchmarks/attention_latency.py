@@ -64,11 +64,11 @@ def cut(path: Path, inputs: list[str], output: str) -> bytes:
     return data
 
 
-def pair(a: Any, b: Any, feeds: dict[str, Any]) -> dict[str, float]:
+def pair(a: Any, b: Any, feeds: dict[str, Any], runs: int = RUNS) -> dict[str, float]:
     """Alternating runs: medians in ms, and the median and quartiles of the ratio run by run."""
     times: tuple[list[float], list[float]] = ([], [])
     taken = [{i.name: feeds[i.name] for i in one.get_inputs()} for one in (a, b)]
-    for i in range(RUNS + 5):
+    for i in range(runs + 5):
         for which, one, values in zip(times, (a, b), taken, strict=True):
             start = time.perf_counter()
             one.run(None, values)

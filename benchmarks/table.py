@@ -92,6 +92,30 @@ def _latency(result: _Result) -> list[str]:
     ]
 
 
+def _windowed(result: _Result) -> list[str]:
+    rows = [
+        [
+            r["case"],
+            r["threads"],
+            r["length"],
+            r["features"],
+            r["time"]["original_ms"],
+            r["time"]["linear_ms"],
+            r["time"]["ratio"],
+            f"{r['time']['ratio_q1']:.2f} to {r['time']['ratio_q3']:.2f}",
+        ]
+        for r in result["rows"]
+    ]
+    columns = ["case", "threads", "length", "features", "softmax ms", "hybrid ms", "ratio", "quartiles"]
+    return [
+        "## Softmax over a window and linear attention before it: latency",
+        "One operator on onnxruntime CPU against `com.microsoft::MultiHeadAttention`, window 64, batch 1, 8 heads.\n"
+        "Prefill: 64 wide, causal, q, k and v packed on both sides, the features given. Decode: one query behind\n"
+        "`length` tokens; the softmax reads all of their keys, the hybrid the last 64 of 4 heads and the state.",
+        _table(columns, rows),
+    ]
+
+
 def _large(result: _Result) -> list[str]:
     rows = []
     for tool, found in result["tools"].items():
@@ -184,6 +208,7 @@ def _same(kinds: dict[str, int] | None) -> str:
 _SECTIONS: dict[str, Callable[[_Result], list[str]]] = {
     "minilm_quality": _quality,
     "attention_latency": _latency,
+    "windowed_latency": _windowed,
     "large_model": _large,
     "attention_recognition": _recognition,
     "conformance": _conformance,

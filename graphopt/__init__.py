@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.api import load, transform, verify
+    from graphopt.decoders.generate import generate
     from graphopt.errors import CheckFailed, GraphOptError, NothingToRewrite
     from graphopt.graph import Graph
 
-__all__ = ["CheckFailed", "Graph", "GraphOptError", "NothingToRewrite", "load", "transform", "verify"]
+__all__ = ["CheckFailed", "Graph", "GraphOptError", "NothingToRewrite", "generate", "load", "transform", "verify"]
 
 _HOMES = {
     "CheckFailed": "graphopt.errors",
     "Graph": "graphopt.graph",
     "GraphOptError": "graphopt.errors",
     "NothingToRewrite": "graphopt.errors",
+    "generate": "graphopt.decoders.generate",
     "load": "graphopt.api",
     "transform": "graphopt.api",
     "verify": "graphopt.api",

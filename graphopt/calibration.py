@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from graphopt.decoders import sample
 from graphopt.errors import GraphOptError
 from graphopt.graph import Graph, ValueSpec, check_value
 from graphopt.onnxfile.tensors import from_numpy
+from graphopt.rewrite.context import Track, _silent
 from graphopt.synthetic import Synthetic, describe_ranges
 
 BATCH = 16
@@ -35,19 +37,39 @@ class Calibration:
         return len(self.batches)
 
 
-def calibration_for(graph: Graph, source: Any, *, seed: int = 0, sizes: Mapping[str, int] | None = None) -> Calibration:
+def calibration_for(
+    graph: Graph,
+    source: Any,
+    *,
+    seed: int = 0,
+    sizes: Mapping[str, int] | None = None,
+    fitting: bool = False,
+    track: Track = _silent,
+) -> Calibration:
     """Make calibration batches from what the user gave.
+
+    Of a language model with a cache or a state, the tokens alone suffice: everything is then visible, positions are
+    counted, caches are empty and states zero.
 
     Args:
         graph: the model that the data is for.
         source: a path to an .npz file or a folder of them, an iterable of input dicts, a DataLoader, a number of
-            random batches, `"random"`, or None for a few random batches.
-        seed: for random inputs.
+            random batches, `"random"`, `"self"` or `"self:32x256"` for texts (here 32 of 256 tokens) that a language
+            model writes itself, or None for a few random batches.
+        seed: for random inputs, and for the texts that the model writes.
         sizes: sizes of symbolic dims for random inputs.
+        fitting: something is fitted on the data, so None means `"self"` where the model can write text.
+        track: wraps the writing of text, for progress bars.
 
     Raises:
         GraphOptError: names, shapes or types do not fit the model, or there is no data in it.
     """
+    if sample.is_self(source):
+        return sample.own_text(graph, source, seed=seed, sizes=sizes, track=track)
+    if source is None and fitting:
+        own = sample.own_text_by_default(graph, seed=seed, sizes=sizes, track=track)
+        if own is not None:
+            return own
     if source is None or isinstance(source, int) or source == "random":
         count = source if isinstance(source, int) else DEFAULT_RANDOM
         if count < 1:
@@ -117,7 +139,7 @@ def _flat(graph: Graph, item: Any, where: str) -> tuple[Any, ...]:
     if isinstance(item, torch.Tensor):
         item = (item,)
     if isinstance(item, Mapping):
-        feeds: Mapping[str, Any] = item
+        feeds: Mapping[str, Any] = sample.completed(graph, item)
     elif isinstance(item, (tuple, list)) and len(item) == len(graph.inputs):
         feeds = {spec.name: value for spec, value in zip(graph.inputs, item, strict=True)}
     else:

@@ -42,8 +42,8 @@ class GraphInterpreter(fx.Interpreter):
         """Run one node; an operator that its torch function does not cover runs on onnxruntime."""
         try:
             try:
-                fed = n.op == "get_attr" and n.meta.get("onnx_name") in self._weights
-                value = self._weights[n.meta["onnx_name"]] if fed else super().run_node(n)
+                name = str(n.meta.get("onnx_name", n.target)) if n.op == "get_attr" else ""
+                value = self._weights[name] if name in self._weights else super().run_node(n)
             except NotImplementedError:
                 value = self._on_onnxruntime(n)
         except GraphOptError:
@@ -100,7 +100,7 @@ def execute(
         values: one per input, in order.
         observe: called with each node and its value, right after the node ran; with those in bodies too.
         enter: called with each body and the values that it is run on.
-        weights: values, by ONNX name, that take the place of the model's own.
+        weights: values that take the place of the model's own, by ONNX name or, where it has none, by attribute.
         interpreter: what runs the nodes of `graph` itself.
 
     Raises:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from onnx import GraphProto, NodeProto
@@ -47,6 +47,16 @@ class ValueSpec:
     def __str__(self) -> str:
         dims = "?" if self.shape is None else ", ".join("?" if d is None else str(d) for d in self.shape)
         return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{dims}]"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a decoder carries from call to call: the output `present` of one is the input `past` of the next."""
+
+    past: str
+    present: str
+    kind: Literal["sum", "window"]
+    """`sum` starts at zero and keeps its size; `window` starts empty and keeps the last positions of a cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +117,8 @@ class Graph:
     source: OnnxFile | TorchSource
     notes: tuple[str, ...] = field(default=())
     """What the user should know about how the graph was read."""
+    states: tuple[State, ...] = ()
+    """What a pass has made of a decoder's caches."""
     body: GraphProto | None = None
     """Of a body of an operator (a branch of If, ...): the subgraph that it was read from; None for a main graph."""
     captured: tuple[str, ...] = ()
@@ -237,7 +249,8 @@ class Graph:
 
         Args:
             passes: `"cleanup"`, `"linearize{window=64}"`, a pass object, or a sequence of those.
-            calibration: an iterable of input dicts, a DataLoader, a path to .npz, or a number of random inputs.
+            calibration: an iterable of input dicts, a DataLoader, a path to .npz, a number of random inputs, or
+                `"self"` for text that a language model writes itself.
             seed: for everything random.
             options: see `graphopt.rewrite.manager.apply`.
         """

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["docs/python.md", "docs/index.md", "docs/onnx.md"])
+@pytest.mark.parametrize("page", ["docs/python.md", "docs/index.md", "docs/onnx.md", "docs/evaluation.md"])
 def test_pages(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}

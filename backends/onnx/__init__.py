@@ -8,13 +8,24 @@ from typing import Any
 import onnx
 
 # These modules enter their lowerings into the table when they are imported.
-from graphopt.backends.onnx import linear_attention as _linear_attention
-from graphopt.backends.onnx import torch_functions as _torch_functions
+from graphopt.backends.onnx import (
+    block_attention,
+    hedgehog_map,
+    kernel_attention,
+    landmark_attention,
+    linear_attention,
+    norm_functions,
+    rows,
+    torch_functions,
+    window_attention,
+    windowed_linear_attention,
+)
 from graphopt.backends.onnx.emit import to_proto
 from graphopt.graph import Graph
 from graphopt.onnxfile import write
 
-_ = (_linear_attention, _torch_functions)
+_ = (hedgehog_map, kernel_attention, linear_attention, window_attention, windowed_linear_attention)
+__ = (norm_functions, rows, torch_functions, block_attention, landmark_attention)
 
 
 class OnnxBackend:

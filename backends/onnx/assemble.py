@@ -8,12 +8,14 @@ from typing import Any
 
 import onnx
 import onnx.helper
+import torch
 from google.protobuf.unknown_fields import UnknownFieldSet
 from torch import fx
 
 from graphopt.backends.onnx.builder import ModelParts
-from graphopt.graph import Graph
+from graphopt.graph import Graph, ValueSpec
 from graphopt.onnxfile.scopes import captured, defined, is_constant, stored
+from graphopt.onnxfile.tensors import ONNX_DTYPES
 
 # Before this IR version every initialiser also stands among the inputs.
 _IR_OF_OWN_INITIALISERS = 4
@@ -34,13 +36,17 @@ class Emitted:
     """Names of the weights that are in use."""
     front: Sequence[onnx.NodeProto] = ()
     """Constant nodes that came out of bodies."""
+    added_inputs: Sequence[ValueSpec] = ()
+    added_outputs: Sequence[ValueSpec] = ()
+    """What a pass has added to the interface."""
 
 
 def live_weights(
     graph: Graph, names: Mapping[fx.Node, str], nodes: Sequence[onnx.NodeProto], parts: ModelParts
 ) -> set[str]:
     """Names of the weights that are in use: in the graph, in the bodies below it, and beside the graph."""
-    own = {names[n] for n in graph.nodes if n.op == "get_attr" and n in names}
+    weights = [n for n in graph.nodes if n.op == "get_attr" and n in names and "onnx_replaces" not in n.meta]
+    own = {names[n] for n in weights}
     live: set[str] = own.union(*(captured(node) for node in nodes))
     return live if graph.body is not None else live | parts.pinned
 
@@ -57,13 +63,21 @@ def assemble(new: onnx.GraphProto, old: onnx.GraphProto, emitted: Emitted) -> No
     new.initializer.extend(t for t in old.initializer if t.name in live)
     new.sparse_initializer.extend(s for s in old.sparse_initializer if s.values.name in live)
     new.input.extend(i for i in old.input if i.name not in removed)
+    new.input.extend(map(_value_info, emitted.added_inputs))
     new.output.extend(old.output)
+    new.output.extend(map(_value_info, emitted.added_outputs))
     for output, name in zip(new.output, emitted.outputs, strict=True):
         output.name = name
     # Some files describe values that nothing defines; only what was removed here loses its description.
     gone = defined(old) - defined(new)
     new.value_info.extend(v for v in old.value_info if v.name not in gone)
     new.quantization_annotation.extend(a for a in old.quantization_annotation if a.tensor_name not in gone)
+
+
+def _value_info(spec: ValueSpec) -> onnx.ValueInfoProto:
+    assert isinstance(spec.dtype, torch.dtype)
+    shape = None if spec.shape is None else list(spec.shape)
+    return onnx.helper.make_tensor_value_info(spec.name, ONNX_DTYPES[spec.dtype], shape)
 
 
 def _with_constants_of_bodies(old: onnx.GraphProto, emitted: Emitted) -> list[onnx.NodeProto]:

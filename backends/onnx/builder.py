@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,11 +86,25 @@ class Builder:
         """`value` as `dtype`."""
         return str(self.op("Cast", value, to=ONNX_DTYPES[dtype]))
 
+    def number(self, value: float, dtype: torch.dtype = torch.int64) -> str:
+        """A scalar constant."""
+        return self.constant(torch.tensor(value, dtype=dtype), "number")
+
+    def size(self, value: str, axis: int) -> str:
+        """One size of a value, as a vector of one element."""
+        return self.slice(str(self.op("Shape", value)), 0, axis, axis + 1)
+
     def sum(self, value: str, axis: int) -> str:
         """Sum along one axis, kept; the axes became an input in opset 13."""
         if self.opset >= 13:
             return str(self.op("ReduceSum", value, self.ints(axis), keepdims=1))
         return str(self.op("ReduceSum", value, axes=[axis], keepdims=1))
+
+    def largest(self, value: str) -> str:
+        """Maximum over the last axis, kept; the axes became an input in opset 18."""
+        if self.opset >= 18:
+            return str(self.op("ReduceMax", value, self.ints(-1), keepdims=1))
+        return str(self.op("ReduceMax", value, axes=[-1], keepdims=1))
 
     def unsqueeze(self, value: str, axis: int) -> str:
         """Insert an axis of size 1."""
@@ -114,12 +128,41 @@ class Builder:
         self,
         name: str,
         inputs: Sequence[str],
-        body: Callable[[Builder, list[str]], str],
-        output: str | None = None,
-    ) -> str:
-        """Call a model-local function, defining it on first use; `name` tells its structure apart."""
+        body: Body,
+        outputs: int = 1,
+    ) -> Any:
+        """Call a model-local function, defining it on first use; `name` tells its structure apart.
+
+        Returns:
+            Its output name, or a list of names where it has several.
+        """
         defined = self.owner.define(name, len(inputs), body)
-        return str(self.op(defined, *inputs, domain=DOMAIN, outputs=[output] if output else 1))
+        return self.op(defined, *inputs, domain=DOMAIN, outputs=outputs)
+
+    def graph(
+        self, name: str, body: Body, inputs: Sequence[str] = (), dtype: torch.dtype = torch.float32
+    ) -> onnx.GraphProto:
+        """The graph of a branch or a loop's body, which sees every value that is defined so far.
+
+        Args:
+            name: of the graph.
+            body: from the names of the inputs to the names of the outputs.
+            inputs: what the graph's inputs are to be called, more or less.
+            dtype: element type of all inputs and outputs; their shapes stay open.
+        """
+        inner = Builder(self.owner, self._scope, names=self._names, in_function=self._in_function)
+        taken = [self._names.fresh(f"{self._scope}/{i}") for i in inputs]
+        found = body(inner, taken)
+        given = [found] if isinstance(found, str) else list(found)
+        # A graph's output has to be made by one of its own nodes, and be no other output too.
+        given = [str(inner.op("Identity", x)) for x in given]
+        kind = onnx.helper.make_tensor_type_proto(ONNX_DTYPES[dtype], None)
+        values = [[onnx.helper.make_value_info(n, kind) for n in side] for side in (taken, given)]
+        return onnx.helper.make_graph(inner.nodes, name, values[0], values[1])
+
+
+Body = Callable[[Builder, list[str]], str | Sequence[str]]
+"""Makes the nodes of a function or of an inner graph: from the names of its inputs to those of its outputs."""
 
 
 class ModelParts:
@@ -193,7 +236,7 @@ class ModelParts:
                 self.initializers.append(twin)
         return self._brought[id(message)]
 
-    def define(self, name: str, arity: int, body: Callable[[Builder, list[str]], str]) -> str:
+    def define(self, name: str, arity: int, body: Body) -> str:
         """Define a model-local function once; its name tells apart everything that its body depends on.
 
         Returns:
@@ -203,11 +246,12 @@ class ModelParts:
             return self._called[name]
         inputs = [f"x{i}" for i in range(arity)]
         builder = Builder(self, "f", names=Names(set(inputs)), in_function=True)
-        output = body(builder, inputs)
+        found = body(builder, inputs)
+        outputs = [found] if isinstance(found, str) else list(found)
         opsets = [onnx.helper.make_opsetid("", self.opset)]
-        opsets += [onnx.helper.make_opsetid(d, 1) for d in sorted({n.domain for n in builder.nodes} - {""})]
+        opsets += [onnx.helper.make_opsetid(d, 1) for d in sorted(set(_domains(builder.nodes)) - {""})]
         self.require(DOMAIN)
-        made = onnx.helper.make_function(DOMAIN, name, inputs, [output], builder.nodes, opsets)
+        made = onnx.helper.make_function(DOMAIN, name, inputs, outputs, builder.nodes, opsets)
         stem, count = name, 0
         while self._existing.get(made.name, made) != made:
             count += 1
@@ -222,6 +266,14 @@ def need(condition: bool, what: str) -> None:
     """Raise a GraphOptError where a lowering meets what it cannot express."""
     if not condition:
         raise GraphOptError(f"cannot lower to ONNX: {what}")
+
+
+def _domains(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """Domains of the operators, inner graphs included."""
+    for node in nodes:
+        yield node.domain
+        for attribute in node.attribute:
+            yield from _domains(attribute.g.node)
 
 
 def _overridable(proto: onnx.ModelProto) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,13 +13,13 @@ from torch import fx
 from graphopt.backends.onnx.assemble import Emitted, assemble, finish, keep_unknown_fields, live_weights
 from graphopt.backends.onnx.builder import Builder, ModelParts, need
 from graphopt.backends.onnx.dialect_nodes import dialect_node
-from graphopt.backends.onnx.naming import Naming
+from graphopt.backends.onnx.naming import Naming, picks_output
 from graphopt.backends.onnx.table import Call, function_name, lookup
 from graphopt.dialect import operator_of
 from graphopt.dialect.binding import parameter_name
 from graphopt.errors import GraphOptError
-from graphopt.graph import Graph, Origin
-from graphopt.onnxfile.scopes import defined_within, rename, rename_shards, stored
+from graphopt.graph import Graph, Origin, ValueSpec
+from graphopt.onnxfile.scopes import captured, defined_within, rename, rename_shards, stored
 from graphopt.onnxfile.tensors import to_tensor_proto
 from graphopt.subgraphs import SubgraphOperator
 
@@ -92,8 +91,22 @@ class Emitter:
         if in_place and not self.changed and live >= stored(self.proto) and not self.parts.rebuild:
             return self.proto
         front = self.parts.constants if self.graph.body is None else ()
-        assemble(into, self.proto, Emitted(self.nodes, self.places, self.names.outputs, live, front))
+        emitted = Emitted(
+            self.nodes,
+            self.places,
+            self.names.outputs,
+            live,
+            front,
+            self._added(self.graph.inputs, self.proto.input),
+            self._added(self.graph.outputs, self.proto.output),
+        )
+        assemble(into, self.proto, emitted)
         return into
+
+    def _added(self, specs: Sequence[ValueSpec], declared: Sequence[onnx.ValueInfoProto]) -> list[ValueSpec]:
+        """What a pass has put behind the inputs or outputs that were read; that of a body is given otherwise."""
+        known = {value.name for value in declared}
+        return [] if self.graph.body is not None else [spec for spec in specs if spec.name not in known]
 
     def add(self, node: onnx.NodeProto, place: int = -1) -> None:
         """Put a node behind those that there are."""
@@ -114,11 +127,19 @@ class Emitter:
             return
         value = self.graph.weight(node)
         need(isinstance(value, (torch.Tensor, np.ndarray)), f"weight {node.target} is no tensor")
-        self.names.of[node] = self.parts.names.fresh(str(node.target))
+        self.names.of[node] = self._name_of_weight(node)
         self.parts.initializers.append(to_tensor_proto(self.names.of[node], value))
 
+    def _name_of_weight(self, node: fx.Node) -> str:
+        """A trained weight keeps the name of the one that it replaces, where nothing needs that one any more."""
+        name = node.meta.get("onnx_replaces")
+        holders = [n for n in self.graph.nodes if n.op == "get_attr" and n.users and n.meta.get("onnx_name") == name]
+        if name is None or holders or name in self.parts.pinned or any(name in captured(n) for n in self.proto.node):
+            return self.parts.names.fresh(str(node.target))
+        return str(name)
+
     def _call(self, node: fx.Node) -> None:
-        if node.target is operator.getitem:
+        if picks_output(node):
             self.names.value(node)
             return
         origin = node.meta.get("onnx")
@@ -155,25 +176,31 @@ class Emitter:
         args = fx.map_arg(node.args, self.names.argument)
         kwargs = fx.map_arg(node.kwargs, self.names.argument)
         found = lowering(Call(builder, node, tuple(args), dict(kwargs)))
-        self._adopt(builder, node, found)
+        if isinstance(found, str):
+            self._adopt(builder, node, found)
+        else:
+            for item in filter(picks_output, node.users):
+                index = int(item.args[1])  # type: ignore[arg-type]  # what an output is picked by
+                found[index] = self._adopt(builder, item, found[index])
         for made in builder.nodes:
             self.add(made)
 
-    def _adopt(self, builder: Builder, node: fx.Node, found: str) -> None:
-        """Let the last value of a lowering carry the fx node's name where the outside expects one."""
+    def _adopt(self, builder: Builder, node: fx.Node, found: str) -> str:
+        """Let a value that a lowering gives carry the fx node's name where the outside expects one; its name."""
         if node not in self.names.of:
             self.names.of[node] = found
-            return
+            return found
         wanted = self.names.of[node]
         producer = next((n for n in builder.nodes if found in n.output), None)
         if producer is None:
             builder.op("Identity", found, outputs=[wanted])
-            return
+            return found
         producer.output[list(producer.output).index(found)] = wanted
         for other in builder.nodes:
             for i, name in enumerate(other.input):
                 if name == found:
                     other.input[i] = wanted
+        return wanted
 
     def _aliased(self, origin: Origin, inputs: list[str]) -> list[str]:
         """Operands of a node, those under another name whose new name means something else in the node's bodies."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -82,13 +83,22 @@ class _Symbolic(fx.Interpreter):
         attributes = {
             a.name: _plain(bound.get(a.name, a.default_value)) for a in schema.arguments if "Tensor" not in str(a.type)
         }
-        return torch.onnx.ops.symbolic(
-            f"{_DOMAIN}::{name}", inputs, attributes, dtype=result.dtype, shape=result.shape, version=1
+        domain_name = f"{_DOMAIN}::{name}"
+        if isinstance(result, torch.Tensor):
+            return torch.onnx.ops.symbolic(
+                domain_name, inputs, attributes, dtype=result.dtype, shape=result.shape, version=1
+            )
+        types, shapes = [x.dtype for x in result], [x.shape for x in result]
+        return torch.onnx.ops.symbolic_multi_out(
+            domain_name, inputs, attributes, dtypes=types, shapes=shapes, version=1
         )
 
 
 def _plain(value: Any) -> Any:
-    return int(value) if isinstance(value, bool) else value
+    """An attribute that loses nothing: ONNX has no booleans, and floats of 32 bits."""
+    if isinstance(value, bool):
+        return int(value)
+    return repr(value) if isinstance(value, float) else value
 
 
 def _example(graph: Graph) -> list[Any]:
@@ -165,15 +175,23 @@ def _adopt_operators(graph: Graph) -> None:
                 bound[argument.name] = _typed(attributes[argument.name], str(argument.type))
         with graph.fx.inserting_before(node):
             call = graph.fx.call_function(packet, tuple(bound.values()))
-        call.meta = {k: v for k, v in node.meta.items() if k == "onnx_name"} | {"graphopt_site": origin.proto.name}
-        node.replace_all_uses_with(call)
+        name = {k: v for k, v in node.meta.items() if k == "onnx_name"}
+        call.meta = {"graphopt_site": origin.proto.name}
+        value = call
+        if len(packet.default._schema.returns) > 1 and len(origin.proto.output) == 1:
+            # The exporter drops trailing outputs that nothing reads, and a node with one output is that output.
+            with graph.fx.inserting_before(node):
+                value = graph.fx.call_function(operator.getitem, (call, 0))
+        value.meta.update(name)
+        node.replace_all_uses_with(value)
         graph.fx.erase_node(node)
     graph.module.recompile()
 
 
 def _typed(value: Any, kind: str) -> Any:
     if isinstance(value, bytes):
-        return value.decode()
+        text = value.decode()
+        return float(text) if kind == "float" else text
     return bool(value) if kind == "bool" else value
 
 

@@ -1,122 +1,138 @@
-"""ONNX forms of the linear attention operators: model-local functions of primitive operators."""
+"""ONNX form of causal linear attention: chunks of tokens for the rule `linear`, Scan over tokens for the others."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
+from graphopt.backends.onnx.attention_parts import BLOCK, blocks_of, number_of, operands, turned
 from graphopt.backends.onnx.builder import Builder, need
-from graphopt.backends.onnx.table import Call, lowers, shape_of
+from graphopt.backends.onnx.table import Call, lowers
+
+NAMES = ("q", "k", "v", "decay", "beta", "state")
 
 
-def _suffix(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+@dataclass(frozen=True)
+class Heads:
+    """Static sizes: heads of the state, queries for each, width of features and values."""
 
-
-@lowers("graphopt::hedgehog_map")
-def _hedgehog_map(call: Call) -> str:
-    """One product with [W, -W] side by side, then the activation over each half.
-
-    Computing both signs in one MatMul and viewing the result as [.., 2, F] needs neither a copy of the features nor
-    a second pass over x.
-    """
-    bias, activation = call.get(2, "bias"), call.get(3, "activation", "softmax")
-    features = shape_of(call.node)[-1] // 2
-    dtype = call.dtype()
-
-    def body(b: Builder, inputs: list[str]) -> str:
-        x, weight, *shift = (b.cast(i, torch.float32) if dtype.itemsize < 4 else i for i in inputs)
-        projected = b.op("MatMul", x, _both_signs(b, weight))
-        if shift:
-            projected = b.op("Add", projected, _both_signs(b, shift[0]))
-        if activation == "exp":
-            out = b.op("Exp", projected)
-        else:
-            signs = b.op("Reshape", projected, b.ints(0, 0, 0, 2, features))
-            out = b.op("Reshape", b.op("Softmax", signs, axis=4), b.ints(0, 0, 0, 2 * features))
-        return b.cast(out, dtype) if dtype.itemsize < 4 else str(out)
-
-    name = f"HedgehogMap_{activation}_{features}_{'biased_' if bias else ''}{_suffix(dtype)}"
-    return call.builder.function(name, [*call.args[:2], *([bias] if bias else [])], body)
-
-
-def _both_signs(b: Builder, weight: str) -> str:
-    """[W, -W]; depends on constants only, so runtimes fold it when they load the model."""
-    return str(b.op("Concat", weight, b.op("Neg", weight), axis=2))
+    states: int
+    groups: int
+    features: int
+    values: int
+    wide: torch.dtype
 
 
 @lowers("graphopt::linear_attention")
-def linear_attention(call: Call) -> str:
-    """phi(q) (phi(k)^T v) / phi(q) (phi(k)^T 1): two products with a [K, V] matrix, no [T, S] matrix.
+def linear_attention(call: Call) -> list[str]:
+    """The output and the last state, in time linear in T."""
+    need(call.builder.opset >= 13, "linear attention below opset 13")
+    given = operands(call, NAMES)
+    rule, scale = call.get(6, "rule", "linear"), call.get(7, "scale", 1.0)
+    count = given.shapes["k"][1]
+    heads = Heads(count, given.shapes["q"][1] // count, given.shapes["k"][3], given.shapes["v"][3], given.wide)
 
-    The causal form has the same value as a masked product of the features; it is quadratic in the length, because
-    standard ONNX has no operator that carries a state except Scan, which runs token by token.
+    def body(b: Builder, inputs: list[str]) -> list[str]:
+        x = given.widened(b, inputs)
+        out, state = (_chunked if rule == "linear" else _scanned)(b, x, heads)
+        if scale != 1:
+            out = b.op("Mul", out, b.number(scale, heads.wide))
+        return [b.cast(out, given.dtype) if given.dtype != heads.wide else out, state]
+
+    name = f"LinearAttention_{rule}_{'_'.join(map(str, (*_sizes(heads), scale)))}{given.suffix}"
+    found: list[str] = call.builder.function(name, given.values, body, outputs=2)
+    return found
+
+
+def _sizes(heads: Heads) -> tuple[int, ...]:
+    return heads.states, heads.groups, heads.features, heads.values
+
+
+def _chunked(b: Builder, x: dict[str, str], heads: Heads) -> tuple[str, str]:
+    """Chunks of BLOCK tokens, or one of all tokens where they are fewer."""
+    count = number_of(b, x["q"], 2)
+    size = b.op("Min", count, b.number(BLOCK))
+    within = b.op("Range", b.number(0), size, b.number(1))
+    places = b.op("Add", b.unsqueeze(b.op("Range", b.number(0), count, size), 1), within)  # [N, C]
+    taken = str(b.op("Min", places, b.op("Sub", count, b.number(1))))
+    there = b.unsqueeze(b.cast(str(b.op("Less", places, count)), heads.wide), 2)  # [N, C, 1]
+    q = blocks_of(b, x["q"], taken, (heads.states, heads.groups))
+    k, v = (blocks_of(b, x[name], taken, (heads.states, 1)) for name in "kv")
+    # What fills the last chunk up must not enter the state.
+    v = b.op("Mul", v, there)
+    causal = b.op("Not", b.op("Less", b.unsqueeze(within, 1), b.unsqueeze(within, 0)))
+    ((out, state),) = additive(b, q, k, [str(v)], b.cast(str(causal), heads.wide), [x.get("state")])
+    flat = b.op("Reshape", out, b.ints(0, heads.states * heads.groups, -1, heads.values))
+    return str(b.op("Slice", flat, b.ints(0), b.unsqueeze(count, 0), b.ints(2))), state
+
+
+def additive(
+    b: Builder, q: str, k: str, values: Sequence[str], causal: str, states: Sequence[str | None]
+) -> list[tuple[str, str]]:
+    """The rule `linear` on chunks: a masked product within each, a running sum of k^T v between them.
+
+    Args:
+        b: where the nodes go.
+        q: queries [B, Hkv, G, N, C, K].
+        k: keys [B, Hkv, 1 or G, N, C, K].
+        values: v [B, Hkv, 1, N, C, V]; several of them share the products of q and k.
+        causal: 1 where a token [C, 1] sees a key [1, C], else 0.
+        states: of each v, the one before the first chunk [B, Hkv (times G), K, V].
+
+    Returns:
+        Of each v, the output in the layout of q and the last state in that of `states`.
     """
-    key_weight, causal = call.get(3, "key_weight"), call.get(4, "causal", False)
-    normalize, eps = call.get(5, "normalize", True), call.get(6, "eps", 1e-6)
-    dtype = call.dtype(2)
-    groups = groups_of(call)
-    inputs = [*call.args[:3]] + ([key_weight] if key_weight else [])
-
-    def body(b: Builder, names: list[str]) -> str:
-        q, k, v = (b.cast(i, torch.float32) if dtype.itemsize < 4 else i for i in names[:3])
-        weight = names[3] if key_weight else ""
-        if weight and dtype.itemsize < 4:
-            weight = b.cast(weight, torch.float32)
-        if weight and (groups > 1 or causal):
-            k, weight = b.op("Mul", k, weight), ""
-        if groups > 1:
-            k, v = _repeat(b, k, groups), _repeat(b, v, groups)
-        wide = torch.promote_types(dtype, torch.float32)
-        out, total = _causal(b, q, k, v, wide) if causal else _bidirectional(b, q, k, v, weight)
-        if normalize:
-            out = b.op("Div", out, b.op("Add", total, b.constant(torch.tensor(eps, dtype=wide), "eps")))
-        return b.cast(out, dtype) if dtype.itemsize < 4 else str(out)
-
-    parts = ["LinearAttention", "causal" if causal else "", f"groups{groups}" if groups > 1 else ""]
-    parts += [
-        "" if normalize else "unnormalized",
-        "weighted" if key_weight else "",
-        f"eps{eps:g}",
-        _suffix(dtype),
-    ]
-    return call.builder.function("_".join(filter(None, parts)), inputs, body)
+    weights = b.op("Mul", b.op("MatMul", q, turned(b, k, 6)), causal)
+    found = []
+    for v, state in zip(values, states, strict=True):
+        added = b.op("MatMul", turned(b, k, 6), v)
+        before = b.op("CumSum", added, b.number(3), exclusive=1)
+        shape = b.op("Shape", added)
+        if state is not None:
+            first = b.op("Concat", b.slice(shape, 0, 0, 3), b.ints(1), b.slice(shape, 0, 4, 6), axis=0)
+            before = b.op("Add", before, b.op("Reshape", state, first))
+        out = b.op("Add", b.op("MatMul", weights, v), b.op("MatMul", q, before))
+        last = b.op("Add", *(b.op("Gather", x, b.number(-1), axis=3) for x in (before, added)))
+        joined = b.op("Concat", b.slice(shape, 0, 0, 1), b.ints(-1), b.slice(shape, 0, 4, 6), axis=0)
+        found.append((str(out), str(b.op("Reshape", last, joined))))
+    return found
 
 
-def _bidirectional(b: Builder, q: str, k: str, v: str, weight: str) -> tuple[str, str]:
-    """Numerator and denominator; a key's weight goes to its value, which is narrower than its features."""
-    keys = b.op("Transpose", k, perm=[0, 1, 3, 2])
-    values = b.op("Mul", v, weight) if weight else v
-    out = b.op("MatMul", q, b.op("MatMul", keys, values))
-    sums = b.op("MatMul", keys, weight) if weight else b.op("Transpose", b.sum(k, 2), perm=[0, 1, 3, 2])
-    return out, b.op("MatMul", q, sums)
+def _scanned(b: Builder, x: dict[str, str], heads: Heads) -> tuple[str, str]:
+    """One token at a time: ONNX has no other operator that carries a state."""
+    q = b.op("Reshape", x["q"], b.ints(0, heads.states, heads.groups, -1, heads.features))
+    sides = {"q": (q, 3), "key": (b.unsqueeze(x["k"], 4), 2), "value": (b.unsqueeze(x["v"], 3), 2)}
+    if "beta" in x:
+        sides |= {"row": (b.unsqueeze(x["k"], 3), 2), "beta": (b.unsqueeze(x["beta"], 4), 2)}
+    if "decay" in x:
+        sides["factor"] = (b.unsqueeze(str(b.op("Exp", x["decay"])), 4), 2)
+    state = x.get("state")
+    if state is None:
+        batch = b.slice(str(b.op("Shape", x["k"])), 0, 0, 1)
+        shape = b.op("Concat", batch, b.ints(heads.states, heads.features, heads.values), axis=0)
+        state = str(b.op("Expand", b.number(0, heads.wide), shape))
 
+    def step(i: Builder, inputs: list[str]) -> list[str]:
+        state, given = inputs[0], dict(zip(sides, inputs[1:], strict=True))
+        value = given["value"]
+        if "factor" in given:
+            state = i.op("Mul", given["factor"], state)
+        if "beta" in given:
+            value = i.op("Mul", given["beta"], i.op("Sub", value, i.op("MatMul", given["row"], state)))
+        state = i.op("Add", state, i.op("Mul", given["key"], value))
+        return [state, i.op("MatMul", given["q"], state)]
 
-def _causal(b: Builder, q: str, k: str, v: str, dtype: torch.dtype) -> tuple[str, str]:
-    scores = b.op("MatMul", q, b.op("Transpose", k, perm=[0, 1, 3, 2]))
-    queries, keys = (b.squeeze(b.slice(b.op("Shape", x), 0, 2, 3), 0) for x in (q, k))
-    offset = b.op("Sub", keys, queries)
-    visible = b.op("Trilu", scores, offset, upper=0) if b.opset >= 14 else _lower(b, scores, keys, offset, dtype)
-    return b.op("MatMul", visible, v), b.sum(visible, 3)
-
-
-def _lower(b: Builder, scores: str, keys: str, offset: str, dtype: torch.dtype) -> str:
-    """What Trilu does, from before it came: keep a score where the key's position is not behind the query's."""
-    need(b.opset >= 11, "causal linear attention below opset 11, which has no Range")
-    zero, one = (b.constant(torch.tensor(n), "number") for n in (0, 1))
-    key_at = b.unsqueeze(b.op("Range", zero, keys, one), 0)
-    query_at = b.unsqueeze(b.op("Range", offset, keys, one), 1)
-    visible = b.op("Not", b.op("Less", query_at, key_at))
-    return str(b.op("Where", visible, scores, b.constant(torch.tensor(0, dtype=dtype), "hidden")))
-
-
-def _repeat(b: Builder, value: str, groups: int) -> str:
-    """[B, Hkv, S, K] -> [B, Hkv * groups, S, K], each head beside its copies."""
-    wide = b.op("Expand", b.unsqueeze(value, 2), b.ints(1, 1, groups, 1, 1))
-    shape = b.op("Shape", value)
-    full = b.op("Concat", b.slice(shape, 0, 0, 1), b.ints(-1), b.slice(shape, 0, 2, 4), axis=0)
-    return str(b.op("Reshape", wide, full))
-
-
-def groups_of(call: Call) -> int:
-    """Query heads per key head, as observed on the example."""
-    return shape_of(call.node.args[0])[1] // shape_of(call.node.args[1])[1]
+    body = b.graph("token", step, ["state", *sides], heads.wide)
+    last, out = b.op(
+        "Scan",
+        state,
+        *(value for value, _ in sides.values()),
+        outputs=2,
+        body=body,
+        num_scan_inputs=len(sides),
+        scan_input_axes=[axis for _, axis in sides.values()],
+        scan_output_axes=[3],
+    )
+    return str(b.op("Reshape", out, b.ints(0, heads.states * heads.groups, -1, heads.values))), str(last)

@@ -92,7 +92,7 @@ class Naming:
 
     def results(self, node: fx.Node) -> list[str]:
         """The outputs of a new node."""
-        items = _items(node)
+        items = outputs_of(node)
         count = node.kwargs.get("outputs")
         if isinstance(count, int) and count > 1:  # an operator that wants all of its outputs named
             return [self.value(items[i]) if i in items else self._unread(node, i) for i in range(count)]
@@ -108,7 +108,7 @@ class Naming:
         declared = origin.proto.output
         if len(declared) == 1:
             return {declared[0]: self.value(node)}
-        items = _items(node)
+        items = outputs_of(node)
         found = {declared[i]: self.value(item) for i, item in items.items() if declared[i]}
         # What nothing reads any more still has to be called something where it may not be left out.
         for name in (name for i, name in enumerate(declared) if name and i not in items):
@@ -124,6 +124,14 @@ def _is_computed(node: fx.Node) -> bool:
     return node.op.startswith("call") or "onnx" in node.meta
 
 
-def _items(node: fx.Node) -> dict[int, fx.Node]:
+def outputs_of(node: fx.Node) -> dict[int, fx.Node]:
     """The values that are taken out of a node with several outputs, by output."""
-    return {int(u.args[1]): u for u in node.users if u.target is operator.getitem}  # type: ignore[arg-type]  # an index
+    return {int(u.args[1]): u for u in node.users if picks_output(u)}  # type: ignore[arg-type]  # an index
+
+
+def picks_output(node: fx.Node) -> bool:
+    """Whether the node takes one value out of several, rather than a part of a tensor."""
+    if node.target is not operator.getitem or not isinstance(node.args[1], int):
+        return False
+    source = node.args[0]
+    return isinstance(source, fx.Node) and "rank" not in source.meta

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -36,6 +36,12 @@ class Call:
         """An argument by position or name."""
         return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
 
+    def operand(self, index: int, name: str) -> fx.Node | None:
+        """The fx node behind an argument, by position or name; None where it is absent."""
+        args = self.node.args
+        value = args[index] if index < len(args) else self.node.kwargs.get(name)
+        return value if isinstance(value, fx.Node) else None
+
     def rank(self, index: int = 0) -> int:
         """Rank of the fx node behind positional argument `index`."""
         return meta_of(self.node.args[index])[1]
@@ -49,15 +55,17 @@ class Call:
         return value + self.rank(index) if value < 0 else value
 
 
-Lowering = Callable[[Call], str]
+Lowering = Callable[[Call], str | list[str]]
+"""Adds the nodes; returns the name of the value, or those of an operator with several outputs."""
+_L = TypeVar("_L", bound=Lowering)
 _table: dict[str, Lowering] = {}
 _for_target: dict[tuple[str, str], Lowering] = {}
 
 
-def lowers(*names: str, target: str | None = None) -> Callable[[Lowering], Lowering]:
+def lowers(*names: str, target: str | None = None) -> Callable[[_L], _L]:
     """Register a lowering for functions by name; with `target`, only for that backend."""
 
-    def enter(function: Lowering) -> Lowering:
+    def enter(function: _L) -> _L:
         for name in names:
             if target is None:
                 _table[name] = function

@@ -87,7 +87,9 @@ def _softmax(call: Call) -> str:
     axis = call.axis(call.get(1, "dim"))
     # Before opset 13 Softmax flattens everything behind the axis: the same only for the last one.
     need(call.builder.opset >= 13 or axis == call.rank() - 1, "softmax over an inner axis needs opset 13")
-    return str(call.builder.op("Softmax", call.args[0], axis=axis))
+    dtype = call.kwargs.get("dtype") or call.dtype()
+    value = call.args[0] if dtype == call.dtype() else call.builder.cast(call.args[0], dtype)
+    return str(call.builder.op("Softmax", value, axis=axis))
 
 
 def _permute(call: Call, order: list[int]) -> str:

@@ -5,63 +5,53 @@ from __future__ import annotations
 import torch
 
 from graphopt.backends.onnx import linear_attention as standard
+from graphopt.backends.onnx.attention_parts import operands
 from graphopt.backends.onnx.builder import Builder
-from graphopt.backends.onnx.table import Call, lowers, shape_of
+from graphopt.backends.onnx.table import Call, lowers
 
 _CONTRIB = "com.microsoft"
 
 
 @lowers("graphopt::linear_attention", target="onnxruntime")
-def _linear_attention(call: Call) -> str:
-    """The contrib operator is causal and does not normalise: a column of ones beside v sums the weights.
-
-    The bidirectional form keeps its two products, which no contrib operator beats.
-    """
-    if not call.get(4, "causal", False):
+def _linear_attention(call: Call) -> list[str]:
+    """One contrib operator on packed operands [B, T, H K]; it has no kernel for fp64."""
+    given = operands(call, standard.NAMES)
+    if given.wide != torch.float32:
         return standard.linear_attention(call)
-    key_weight, normalize = call.get(3, "key_weight"), call.get(5, "normalize", True)
-    eps, dtype = call.get(6, "eps", 1e-6), call.dtype(2)
-    heads, groups = shape_of(call.node.args[0])[1], standard.groups_of(call)
-    width = shape_of(call.node.args[2])[3]
+    rule, scale = call.get(6, "rule", "linear"), call.get(7, "scale", 1.0)
+    (_, queries, _, _), (_, keys, _, _) = given.shapes["q"], given.shapes["k"]
+    width = given.shapes["v"][3]
 
-    def body(b: Builder, names: list[str]) -> str:
-        q, k, v = (b.cast(i, torch.float32) if dtype.itemsize < 4 else i for i in names[:3])
-        if key_weight:
-            k = b.op("Mul", k, b.cast(names[3], torch.float32) if dtype.itemsize < 4 else names[3])
-        wide = torch.promote_types(dtype, torch.float32)
-        if normalize:
-            ones = b.op("Expand", _number(b, 1, wide), b.op("Shape", b.slice(v, 3, 0, 1)))
-            v = b.op("Concat", v, ones, axis=3)
-        packed = [_pack(b, x) for x in (q, k, v)]
-        out, _ = b.op(
+    def body(b: Builder, inputs: list[str]) -> list[str]:
+        x = given.widened(b, inputs)
+        for name in ("decay", "beta"):
+            if name in x and given.shapes[name][0] == 1:  # one for all of a batch, which the operator does not take
+                shape = b.op("Concat", b.slice(b.op("Shape", x["k"]), 0, 0, 1), b.ints(1, 1, 1), axis=0)
+                x[name] = b.op("Expand", x[name], shape)
+        packed = {name: _pack(b, value) for name, value in x.items() if name != "state"}
+        out, state = b.op(
             "LinearAttention",
-            *packed,
+            *(packed[name] for name in "qkv"),
+            x.get("state", ""),
+            packed.get("decay", ""),
+            packed.get("beta", ""),
             domain=_CONTRIB,
             outputs=2,
-            q_num_heads=heads,
-            kv_num_heads=heads // groups,
-            update_rule="linear",
-            scale=1.0,
+            q_num_heads=queries,
+            kv_num_heads=keys,
+            update_rule=rule,
+            # The operator reads 0 as 1 / sqrt(K).
+            scale=float(scale) or 1.0,
         )
-        out = b.op("Reshape", out, b.ints(0, 0, heads, width + int(normalize)))
+        out = b.op("Reshape", out, b.ints(0, 0, queries, width))
         out = b.op("Transpose", out, perm=[0, 2, 1, 3])
-        if normalize:
-            total = b.op("Add", b.slice(out, 3, width, width + 1), _number(b, eps, wide))
-            out = b.op("Div", b.slice(out, 3, 0, width), total)
-        return b.cast(out, dtype) if dtype.itemsize < 4 else str(out)
+        if scale == 0:
+            out = b.op("Mul", out, b.number(0, given.wide))
+        return [b.cast(out, given.dtype) if given.dtype != given.wide else out, state]
 
-    inputs = [*call.args[:3], *([key_weight] if key_weight else [])]
-    parts = [
-        "CausalLinearAttention",
-        f"{heads}_{heads // groups}_{width}",
-        "" if normalize else "unnormalized",
-    ]
-    parts += ["weighted" if key_weight else "", f"eps{eps:g}", str(dtype).removeprefix("torch.")]
-    return call.builder.function("_".join(filter(None, parts)), inputs, body)
-
-
-def _number(b: Builder, value: float, dtype: torch.dtype) -> str:
-    return b.constant(torch.tensor(value, dtype=dtype), "number")
+    name = f"PackedLinearAttention_{rule}_{queries}_{keys}_{width}_{scale}{given.suffix}"
+    found: list[str] = call.builder.function(name, given.values, body, outputs=2)
+    return found
 
 
 def _pack(b: Builder, value: str) -> str:

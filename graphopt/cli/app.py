@@ -12,6 +12,7 @@ from graphopt.cli.errors import OneSentence, run
 from graphopt.cli.explain import explain
 from graphopt.cli.inspect import inspect
 from graphopt.cli.passes import passes
+from graphopt.cli.report import report
 from graphopt.cli.transform import transform
 from graphopt.cli.verify import verify
 
@@ -49,7 +50,7 @@ def _root(
         raise typer.Exit(2)
 
 
-for _verb in (inspect, passes, explain, transform, verify, bench):
+for _verb in (inspect, passes, explain, transform, verify, bench, report):
     app.command(_verb.__name__)(_verb)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graphopt.cli.terminal import Bars
 from graphopt.errors import GraphOptError, NoRuntime
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ Calib = Annotated[
     str | None,
     typer.Option(
         "--calib",
-        metavar="FILE.npz|DIR|random",
-        help="Inputs by name: an .npz file, a folder of them, `random`, or a number of random batches.",
-        show_default="random",
+        metavar="FILE.npz|DIR|random|self",
+        help="Inputs by name: an .npz file, a folder of them, `random`, or a number of random batches; `self` or "
+        "`self:32x256` (texts x tokens) for what a language model writes itself.",
+        show_default="random; self where a language model is fitted",
     ),
 ]
 Dims = Annotated[
@@ -116,8 +118,24 @@ def check_dims(graph: Graph, names: Iterable[str]) -> None:
         raise GraphOptError(f"the model has no symbolic dim {name!r}; {hint}")
 
 
-def calibration(graph: Graph, text: str | None, seed: int, sizes: Mapping[str, int]) -> Calibration:
+def calibration(
+    graph: Graph,
+    text: str | None,
+    seed: int,
+    sizes: Mapping[str, int],
+    *,
+    fitting: bool = False,
+    bars: Bars | None = None,
+) -> Calibration:
     """The calibration data that `--calib` names.
+
+    Args:
+        graph: the model.
+        text: what the user typed, None for nothing.
+        seed: for everything random.
+        sizes: sizes of symbolic dims.
+        fitting: see `graphopt.calibration.calibration_for`.
+        bars: shows the progress of writing text.
 
     Raises:
         GraphOptError: it does not exist or does not fit the model.
@@ -127,7 +145,7 @@ def calibration(graph: Graph, text: str | None, seed: int, sizes: Mapping[str, i
     source: Any = text
     if text is not None and text.isdecimal() and not Path(text).exists():
         source = int(text)
-    return calibration_for(graph, source, seed=seed, sizes=sizes)
+    return calibration_for(graph, source, seed=seed, sizes=sizes, fitting=fitting, track=(bars or Bars(None)).track)
 
 
 @contextlib.contextmanager

@@ -101,11 +101,14 @@ def transform(
     check_paths(model, out, force=force)
     terminal.reserve(model, out)
     from graphopt.api import load
+    from graphopt.states import completed
 
     graph = load(model)
     check_dims(graph, sizes)
     check_data(graph.onnx, out, external=external_data, force=force)
-    data = calibration(graph, calib, seed, sizes)
+    with terminal.progress() as bars:
+        fitting = any(item.needs_calibration for item in items)
+        data = calibration(graph, calib, seed, sizes, fitting=fitting, bars=bars)
     check_runs(graph, data, items)
     with terminal.progress() as bars:
         try:
@@ -134,9 +137,8 @@ def transform(
             with bars.step("Measuring the cost"):
                 found.cost = {"before": costs.of(graph, sizes), "after": costs.of(result.graph, sizes)}
             with bars.step("Writing and checking the file"):
-                check = save_checked(
-                    result.graph, out, data.batches[0], target=target, external=external_data, force=force
-                )
+                values = completed(result.graph, graph.inputs, data.batches[0])
+                check = save_checked(result.graph, out, values, target=target, external=external_data, force=force)
             if check.note:
                 found.notes.append(check.note)
             found.output = file_facts(out)

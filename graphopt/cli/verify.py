@@ -69,7 +69,8 @@ def verify(
     first, second = load(a), load(b)
     check_interfaces(first, second)
     check_dims(first, sizes)
-    data = calibration(first, calib, seed, sizes)
+    with terminal.progress() as bars:
+        data = calibration(first, calib, seed, sizes, bars=bars)
     engine = runtime or ("onnxruntime" if installed() else "torch")
     with terminal.progress() as bars, running_on(first, data):
         if engine == "torch":

@@ -48,7 +48,7 @@ def distill(
     optimizer, schedule = optimizer_for(parameters, learning_rate, steps)
     batches = context.calibration.batches
     order = shuffled(context.training(), context.generator())
-    outputs = _Outputs(teacher)
+    outputs = Outputs(teacher)
     for _ in context.track(range(steps), steps, "Distilling end to end"):
         index = next(order)
         expected = outputs.of(index, batches[index])
@@ -66,19 +66,24 @@ def distill(
     optimizer.zero_grad()
 
 
-class _Outputs:
-    """The teacher's outputs by batch."""
+class Outputs:
+    """The teacher's outputs by batch, kept while there is room."""
 
-    def __init__(self, teacher: Graph) -> None:
+    def __init__(self, teacher: Graph, chosen: Sequence[int] | None = None) -> None:
+        """Args: teacher: the original graph. chosen: which outputs, in order; None is all."""
         self._teacher = teacher
+        self._chosen = chosen
         self._kept: dict[int, tuple[Any, ...]] = {}
         self._free = _CACHE_LIMIT
 
-    def of(self, index: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def of(self, index: int, values: Sequence[Any]) -> tuple[Any, ...]:
+        """The outputs on batch `index`, whose inputs are `values`."""
         if index in self._kept:
             return self._kept[index]
         with torch.no_grad():
             found = self._teacher.execute(*values)
+        if self._chosen is not None:
+            found = tuple(found[i] for i in self._chosen)
         size = sum(t.numel() * t.element_size() for t in found if isinstance(t, torch.Tensor))
         if size <= self._free:
             self._free -= size

@@ -117,13 +117,15 @@ def _prepare(
     wide = torch.promote_types(v.dtype, torch.float32)
     if state is None:
         state = v.new_zeros((*k.shape[:2], k.shape[-1], v.shape[-1]), dtype=wide)
-    widened = (None if x is None else x.to(wide) for x in (decay, beta))
-    return state.to(wide), q.to(wide), k.to(wide), v.to(wide), *widened
+    decay = None if decay is None else decay.to(wide)
+    beta = None if beta is None else beta.to(wide)
+    return state.to(wide), q.to(wide), k.to(wide), v.to(wide), decay, beta
 
 
 def _chunks(x: torch.Tensor, size: int) -> torch.Tensor:
     """[.., T, K] -> [.., N, size, K], padded with zeros: keys and decays of 0 leave a state as it is."""
-    return F.pad(x, (0, 0, 0, -x.shape[-2] % size)).unflatten(-2, (-1, size))
+    chunks: torch.Tensor = F.pad(x, (0, 0, 0, -x.shape[-2] % size)).unflatten(-2, (-1, size))
+    return chunks
 
 
 def _additive(

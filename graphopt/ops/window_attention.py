@@ -56,7 +56,8 @@ def exponentials(
         return values.new_zeros((*q.shape[:-1], values.shape[-1])).flatten(1, 2)
     largest = torch.stack([_rows(scores, T).amax(-1) for scores, _ in parts]).amax(0).detach()
     largest = largest.masked_fill(largest == -torch.inf, 0).unsqueeze(-1)
-    return sum(_weighted(scores, held, largest) for scores, held in parts).flatten(1, 2)
+    sums = [_weighted(scores, held, largest) for scores, held in parts]
+    return torch.stack(sums).sum(0).flatten(1, 2) if len(sums) > 1 else sums[0].flatten(1, 2)
 
 
 def _scores(

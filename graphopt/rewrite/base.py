@@ -106,8 +106,9 @@ class SitePass(Pass):
     def fit(self, replacements: Sequence[Replacement], context: Context) -> None:
         """Train the replacements, one by one, on what calibration recorded at their sites."""
 
-    def finish(self, teacher: Graph, student: Graph, replacements: Sequence[Replacement], context: Context) -> None:
-        """Train the spliced graph as a whole against the original one."""
+    def finish(self, teacher: Graph, student: Graph, replacements: Sequence[Replacement], context: Context) -> Graph:
+        """Train the spliced graph as a whole against the original one; the graph that is handed on."""
+        return student
 
     def run(self, graph: Graph, context: Context) -> tuple[Graph, Sequence[SiteReport]]:
         """See `Pass.run`."""

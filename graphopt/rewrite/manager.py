@@ -60,7 +60,14 @@ def apply(
     data = (
         calibration
         if isinstance(calibration, Calibration)
-        else calibration_for(graph, calibration, seed=seed, sizes=sizes)
+        else calibration_for(
+            graph,
+            calibration,
+            seed=seed,
+            sizes=sizes,
+            fitting=any(item.needs_calibration for item in items),
+            track=track,
+        )
     )
     with at_most(MADE_UP_TRIPS) if data.synthetic else nullcontext():
         return _run(graph, items, data, seed, fit_steps, only, min_cosine, track)
@@ -101,6 +108,7 @@ def _run(
                 f"{item.name} was fitted on random inputs ({data.description}): the shapes and speed of the result "
                 "are real, its quality is not; give calibration data from your task"
             )
+    report.states = [dataclasses.asdict(state) for state in current.states]
     compared = data.batches[:: max(1, len(data) // _COMPARED)][:_COMPARED]
     try:
         report.outputs, report.samples = measure(graph, current, compared), len(compared)

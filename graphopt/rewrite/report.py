@@ -66,6 +66,8 @@ class Report:
     unverified: str = ""
     """Why the outputs could not be compared, in one sentence; empty where they were."""
     calibration: str = ""
+    states: list[dict[str, str]] = field(default_factory=list)
+    """What a decoder carries from call to call in place of its caches: `past`, `present`, `kind`."""
     cost: dict[str, Any] = field(default_factory=dict)
     input: dict[str, Any] = field(default_factory=dict)
     output: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +87,7 @@ class Report:
             "output": self.output,
             "calibration": self.calibration,
             "passes": [asdict(p) for p in self.passes],
+            "states": self.states,
             "cost": self.cost,
             "verification": {
                 "samples": self.samples,

@@ -55,7 +55,7 @@ def run(item: SitePass, graph: Graph, context: Context) -> tuple[Graph, Sequence
         stem = f"graphopt.{item.name}.{site_name(replacement.site)}"
         splice(student, replacement.site, replacement.module, stem, replacement.record.inputs(0))
     before = [p.detach().clone() for r in kept for p in r.module.parameters()]
-    item.finish(graph, student, kept, context)
+    student = item.finish(graph, student, kept, context)
     if any(
         not torch.equal(a, b) for a, b in zip(before, (p for r in kept for p in r.module.parameters()), strict=True)
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -102,6 +102,14 @@ class AttentionValues:
 
 
 @dataclass(frozen=True, eq=False)
+class Source:
+    """A value outside of a site, and how it becomes [B, H, T, D]; `read` runs on tensors and on fx proxies."""
+
+    node: fx.Node
+    read: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionSite(Site):
     """softcap(scale q k^T) masked, softmax over keys, times v; read through `split`, written through `merge`.
 
@@ -120,8 +128,14 @@ class AttentionSite(Site):
     kv_heads: int | None = field(default=None, kw_only=True)
     head_dim: int | None = field(default=None, kw_only=True)
     value_dim: int | None = field(default=None, kw_only=True)
+    dtype: torch.dtype = field(default=torch.float32, kw_only=True)
+    """Element type of the canonical operands and of the result."""
     rope: bool = field(default=False, kw_only=True)
     """q and k are rotated right before the site."""
+    sources: tuple[Source, Source] | None = field(default=None, kw_only=True)
+    """Queries, and keys without those of a cache, before their rotation."""
+    unrotated: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = field(default=None, kw_only=True)
+    """Of a site that `with_unrotated` made: q [B, Hq, T, D] and k [B, Hkv, T, D] before their rotation."""
     past: tuple[fx.Node, fx.Node] | None = field(default=None, kw_only=True)
     """Cached keys and values that are joined to the new ones right before or inside the site."""
     exposed: tuple[fx.Node, ...] = field(default=(), kw_only=True)
@@ -135,6 +149,15 @@ class AttentionSite(Site):
     def causal(self) -> bool:
         """Whether no query sees a later key."""
         return self.mask.kind in (MaskKind.CAUSAL, MaskKind.CAUSAL_PADDING, MaskKind.SLIDING)
+
+    def with_unrotated(self) -> AttentionSite:
+        """This site with `sources` among its inputs and `unrotated` to read them; itself where there are none."""
+        if self.sources is None:
+            return self
+        q, k = self.sources
+        inputs = tuple(dict.fromkeys((*self.inputs, q.node, k.node)))
+        at = inputs.index(q.node), inputs.index(k.node)
+        return replace(self, inputs=inputs, unrotated=lambda *values: (q.read(values[at[0]]), k.read(values[at[1]])))
 
 
 @dataclass(frozen=True, eq=False)

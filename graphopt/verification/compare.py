@@ -12,6 +12,7 @@ from graphopt.calibration import Calibration, calibration_for
 from graphopt.errors import GraphOptError
 from graphopt.graph import Graph
 from graphopt.rewrite.report import OutputDifference
+from graphopt.states import completed
 from graphopt.verification.numbers import Difference, difference
 
 
@@ -65,16 +66,20 @@ def _within(output: OutputDifference, rtol: float | None, atol: float | None) ->
 
 
 def measure(a: Graph, b: Graph, data: Iterable[tuple[Any, ...]]) -> list[OutputDifference]:
-    """Each output's difference over all samples: the largest errors, the mean cosine."""
-    order = [[s.name for s in b.outputs].index(s.name) for s in a.outputs]
-    feeds = [[s.name for s in a.inputs].index(s.name) for s in b.inputs]
-    found: list[list[Difference]] = [[] for _ in a.outputs]
+    """Each output's difference over all samples: the largest errors, the mean cosine.
+
+    What became of a decoder's caches is left out: it has another length on purpose.
+    """
+    carried = {state.present for state in b.states} - {state.present for state in a.states}
+    compared = [(i, spec.name) for i, spec in enumerate(a.outputs) if spec.name not in carried]
+    place = {spec.name: i for i, spec in enumerate(b.outputs)}
+    found: dict[str, list[Difference]] = {name: [] for _, name in compared}
     with torch.no_grad():
         for values in data:
-            first, second = a.execute(*values), b.execute(*(values[i] for i in feeds))
-            for i, expected in enumerate(first):
-                found[i].append(difference(expected, second[order[i]]))
-    return [_summary(spec.name, rows) for spec, rows in zip(a.outputs, found, strict=True)]
+            first, second = a.execute(*values), b.execute(*completed(b, a.inputs, values))
+            for i, name in compared:
+                found[name].append(difference(first[i], second[place[name]]))
+    return [_summary(name, rows) for name, rows in found.items()]
 
 
 def _summary(name: str, rows: list[Difference]) -> OutputDifference:

@@ -49,7 +49,7 @@ def rewritten(request, tmp_path_factory):
     return (
         request.param,
         graph,
-        graph.apply("linearize{fit_steps=60}", calibration=calibration()),
+        graph.apply("linearize{window=8,fit_steps=60}", calibration=calibration()),
         path.parent,
     )
 
@@ -82,7 +82,9 @@ def test_saved_model_is_the_graph(rewritten, target):
 @pytest.mark.parametrize("opset", [11, 13, 16])
 def test_older_opsets(kind, opset, tmp_path):
     models.export(models.Block(kind), tmp_path / "m.onnx", opset=opset)
-    result = graphopt.load(tmp_path / "m.onnx").apply("linearize{max_error=9}", calibration=calibration(2), fit_steps=2)
+    result = graphopt.load(tmp_path / "m.onnx").apply(
+        "linearize{window=8,max_error=9}", calibration=calibration(2), fit_steps=2
+    )
     for target in ("onnx", "onnxruntime"):
         result.graph.save(tmp_path / "out.onnx", target=target)
         found = Session(tmp_path / "out.onnx").run(feeds(70))["y"]
@@ -99,7 +101,9 @@ def test_interface_and_untouched_nodes_stay(rewritten):
     kept = {n.name for n in after.graph.node} & {n.name for n in before.graph.node}
     assert len(kept) >= 8, "the projections stay as they were"
     # The input graph is another object and still computes what it did.
-    assert statuses(graph.apply("linearize{max_error=1e-9,fit_steps=0}", calibration=calibration(1))) == ["reverted"]
+    assert statuses(graph.apply("linearize{window=8,max_error=1e-9,fit_steps=0}", calibration=calibration(1))) == [
+        "reverted"
+    ]
 
 
 @pytest.mark.parametrize("kind", ["bidirectional", "expanded"])
@@ -108,7 +112,7 @@ def test_no_length_squared_tensor_bidirectional(kind, tmp_path):
     path = tmp_path / "m.onnx"
     models.export(models.Block(kind), path)
     graph = graphopt.load(path)
-    result = graph.apply("linearize{fit_steps=0,max_error=9}", calibration=calibration(1))
+    result = graph.apply("linearize{window=8,fit_steps=0,max_error=9}", calibration=calibration(1))
     sizes = []
 
     def observe(node, value):
@@ -150,7 +154,7 @@ def test_from_a_module():
     x, mask = models.example()
     dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seq")}
     options = {"dynamic_shapes": {"x": dims, "mask": dims}, "calibration": calibration()}
-    new = graphopt.transform(module, "linearize{fit_steps=60}", example_inputs=(x, mask), **options)
+    new = graphopt.transform(module, "linearize{window=8,fit_steps=60}", example_inputs=(x, mask), **options)
     assert set(module.state_dict()) < set(new.state_dict())
     x, mask = models.example(length=31, seed=5)
     assert difference(module(x, mask), new(x, mask)).rel_rms < 0.8
@@ -164,7 +168,7 @@ def test_from_a_module_to_onnx(tmp_path, target):
     module = models.Block("both").eval()
     dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seq")}
     graph = graphopt.load(module, models.example(), {"x": dims, "mask": dims})
-    result = graph.apply("linearize{fit_steps=10,max_error=9}", calibration=calibration(2))
+    result = graph.apply("linearize{window=8,fit_steps=10,max_error=9}", calibration=calibration(2))
     assert statuses(result) == ["rewritten"]
     result.graph.save(tmp_path / "m.onnx", target=target)
     values = feeds(29)
@@ -180,7 +184,7 @@ def test_half_precision(tmp_path):
     models.export(models.Block("bidirectional"), path, torch.float16)
     graph = graphopt.load(path)
     data = calibration(dtype=torch.float16)
-    result = graph.apply("linearize{fit_steps=40}", calibration=data)
+    result = graph.apply("linearize{window=8,fit_steps=40}", calibration=data)
     assert statuses(result) == ["rewritten"]
     result.graph.save(tmp_path / "out.onnx")
     values = feeds(19, dtype=torch.float16)
@@ -203,7 +207,7 @@ def test_a_site_that_misses_is_reverted(tmp_path):
     path = tmp_path / "m.onnx"
     models.export(models.Block(), path)
     graph = graphopt.load(path)
-    result = graph.apply("linearize{fit_steps=2,max_error=0.001}", calibration=calibration(1))
+    result = graph.apply("linearize{window=8,fit_steps=2,max_error=0.001}", calibration=calibration(1))
     (site,) = result.report.passes[0].sites
     assert site.status == "reverted"
     assert "above 0.001 (option max_error)" in site.reason
@@ -216,7 +220,8 @@ def test_distillation_improves_the_whole(tmp_path):
     models.export(models.Block(), path)
     graph, data = graphopt.load(path), calibration(12)
     short, long = (
-        graph.apply(f"linearize{{fit_steps=5,max_error=9,distill_steps={n}}}", calibration=data) for n in (0, 60)
+        graph.apply(f"linearize{{window=8,fit_steps=5,max_error=9,distill_steps={n}}}", calibration=data)
+        for n in (0, 60)
     )
     assert long.report.outputs[0].rel_rms < short.report.outputs[0].rel_rms
     assert "after_finish" in long.report.passes[0].sites[0].errors
@@ -227,7 +232,9 @@ def test_seeded(tmp_path):
     path = tmp_path / "m.onnx"
     models.export(models.Block(), path)
     graph = graphopt.load(path)
-    a, b = (graph.apply("linearize{fit_steps=5,features=16}", calibration=calibration(), seed=3) for _ in range(2))
+    a, b = (
+        graph.apply("linearize{window=8,fit_steps=5,features=16}", calibration=calibration(), seed=3) for _ in range(2)
+    )
     values = feeds(9)
     np.testing.assert_array_equal(a.graph.run(values)["y"], b.graph.run(values)["y"])
 
@@ -235,7 +242,7 @@ def test_seeded(tmp_path):
 def test_synthetic_calibration_says_so(tmp_path):
     path = tmp_path / "m.onnx"
     models.export(models.Block(), path)
-    result = graphopt.load(path).apply("linearize{fit_steps=3,max_error=9}")
+    result = graphopt.load(path).apply("linearize{window=8,fit_steps=3,max_error=9}")
     assert any("random inputs" in note and "quality is not" in note for note in result.report.notes)
 
 
@@ -243,7 +250,7 @@ def test_few_batches_are_said_to_be_few(tmp_path):
     models.export(models.Block(), tmp_path / "m.onnx")
     graph = graphopt.load(tmp_path / "m.onnx")
     for count, expected in ((9, 1), (10, 0)):
-        result = graph.apply("linearize{fit_steps=1,max_error=9}", calibration=calibration(count))
+        result = graph.apply("linearize{window=8,fit_steps=1,max_error=9}", calibration=calibration(count))
         assert len([n for n in result.report.passes[0].notes if "one in ten" in n]) == expected
 
 

@@ -16,6 +16,7 @@ from graphopt.sites.attention.layout import Program
 from graphopt.sites.attention.masking import MaskPart, causal_rule, combine
 from graphopt.sites.attention.operands import Operand
 from graphopt.sites.attention.scores import Term
+from graphopt.sites.attention.unrotated import sources_of
 from graphopt.sites.attention.view import RefusedError, View
 from graphopt.sites.base import AttentionSite, AttentionValues, Mask, MaskKind
 from graphopt.sites.masks import Verdict, evaluate
@@ -116,6 +117,7 @@ def assemble(view: View, draft: Draft) -> AttentionSite:
         Part(inputs.index(x.node), x.program, 1.0 if i < 2 else x.factor, _cast(view, x.node, original))
         for i, (x, original) in enumerate(zip((draft.q, draft.k, draft.v), draft.operands, strict=True))
     ]
+    _repeat_alike(parts, _canonical_shapes(view, parts, inputs)[0])
     masks = tuple(MaskPart(t.form, inputs.index(t.value), p, t.factor) for t, p in terms)
     passed = [n for x in (draft.q, draft.k, draft.v) for n in x.passed]
     covered, exposed = region.cover(view, [*draft.core, *passed], inputs, draft.output, draft.exposable)
@@ -123,6 +125,7 @@ def assemble(view: View, draft: Draft) -> AttentionSite:
     square = all(q[2] == k[2] for q, k, _ in shapes)
     rule = draft.causal or implied
     bare = rule and not masks and (square or implied)
+    rope = rotated(view, draft.q.node) and rotated(view, draft.k.node)
     split = Split(parts[0], parts[1], parts[2], masks, "" if not rule or bare else "start" if draft.causal else "end")
     site = AttentionSite(
         name=vocabulary.name_of(draft.anchor),
@@ -138,7 +141,9 @@ def assemble(view: View, draft: Draft) -> AttentionSite:
         kv_heads=_static(s[1][1] for s in shapes),
         head_dim=_static(s[0][3] for s in shapes),
         value_dim=_static(s[2][3] for s in shapes),
-        rope=rotated(view, draft.q.node) and rotated(view, draft.k.node),
+        dtype=parts[2].dtype or view.samples[0].dtypes[inputs[parts[2].index]],
+        rope=rope,
+        sources=sources_of(view, draft.q.node, draft.k.node, (draft.q.program, draft.k.program)) if rope else None,
         past=past_of(view, draft.k.node, draft.v.node),
         exposed=exposed,
         form=draft.form,
@@ -149,6 +154,15 @@ def assemble(view: View, draft: Draft) -> AttentionSite:
         return replace(site, mask=Mask(MaskKind.CAUSAL, reason=why))
     whole = inputs[masks[0].index] if len(masks) == 1 and not split.causal and masks[0].plain else None
     return replace(site, mask=decide(view, site, whole, any(m.form == "add" for m in masks)))
+
+
+def _repeat_alike(parts: list[Part], shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Where the repeated heads of only one of k and v could be read past, repeat the other's: both have Hkv heads."""
+    heads = [shapes[i][1] for i in (1, 2)]
+    for i, own, other in ((1, *heads), (2, *reversed(heads))):
+        if own < other:
+            program = parts[i].program.then(("repeat_interleave", other // own, 1))
+            parts[i] = replace(parts[i], program=program)
 
 
 def decide(view: View, site: AttentionSite, value: fx.Node | None, additive: bool) -> Mask:

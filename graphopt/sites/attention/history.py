@@ -10,7 +10,7 @@ from graphopt.sites import vocabulary
 from graphopt.sites.attention.view import View
 from graphopt.sites.vocabulary import kind, operands, source
 
-_MOVING = frozenset(
+MOVING = frozenset(
     {
         "reshape",
         "transpose",
@@ -35,13 +35,13 @@ def past_of(view: View, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node] | Non
 
 
 def _cached(node: fx.Node) -> fx.Node | None:
-    joined = vocabulary.skip(node, _MOVING - {"slice", "gather", "select", "getitem", "split", "unbind"})
+    joined = vocabulary.skip(node, MOVING - {"slice", "gather", "select", "getitem", "split", "unbind"})
     if kind(joined) != "concat":
         return None
     parts = [p for p in operands(joined) if p is not None]
     if len(parts) != 2:
         return None
-    return parts[0] if vocabulary.skip(parts[0], _MOVING).op == "placeholder" else None
+    return parts[0] if vocabulary.skip(parts[0], MOVING).op == "placeholder" else None
 
 
 def rotated(view: View, node: fx.Node) -> bool:
@@ -54,7 +54,7 @@ def rotated(view: View, node: fx.Node) -> bool:
             return True
         if depth > _DEPTH:
             continue
-        if name in _MOVING or name == "identity":
+        if name in MOVING or name == "identity":
             given = source(current)
             pending += [(given, depth + 1)] if given is not None else []
         elif name in ("concat", "stack", "mul", "div"):
@@ -74,14 +74,14 @@ def _rotates(node: fx.Node) -> bool:
         len(sides[0]) == len(sides[1]) == 2
         and _origin(sides[0][i]) is _origin(sides[1][j])
         and _origin(sides[0][1 - i]) is not _origin(sides[0][i])
-        and _turns(sides[0][1 - i])
-        and _turns(sides[1][1 - j])
+        and turns(sides[0][1 - i])
+        and turns(sides[1][1 - j])
         for i in (0, 1)
         for j in (0, 1)
     )
 
 
-def _turns(node: fx.Node) -> bool:
+def turns(node: fx.Node) -> bool:
     """Whether a factor is a cosine or sine: computed as one, or looked up in a table of such values."""
     behind = vocabulary.ancestors([node], stop=lambda n: kind(n) in (*vocabulary.SHAPES, "matmul", "linear"), limit=60)
     if any(kind(n) in ("cos", "sin") for n in behind):
@@ -102,7 +102,7 @@ def _origin(node: fx.Node) -> fx.Node:
     for _ in range(_DEPTH):
         name = kind(node)
         given = source(node)
-        if given is None or (name not in _MOVING and name not in ("neg", "concat", "stack")):
+        if given is None or (name not in MOVING and name not in ("neg", "concat", "stack")):
             return node
         node = given
     return node

@@ -20,6 +20,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "unsqueeze": torch.unsqueeze,
     "squeeze": torch.squeeze,
     "transpose": torch.transpose,
+    "repeat_interleave": torch.repeat_interleave,
 }
 
 

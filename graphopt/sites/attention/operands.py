@@ -109,7 +109,7 @@ def operand(
     """
     for links in _cuts(trail(view, node), closed):
         start = links[-1].given if links else node
-        reading = _read(view, start, links, canonical)
+        reading = read_along(view, start, links, canonical)
         if reading is not None:
             factor = 1.0
             for link in links:
@@ -133,12 +133,13 @@ def _cuts(links: Sequence[Link], closed: Callable[[fx.Node], bool]) -> Iterator[
     yield []
 
 
-def _read(
+def read_along(
     view: View,
     start: fx.Node,
     links: Sequence[Link],
     canonical: Canonical,
 ) -> Reading | None:
+    """How `start` becomes what `canonical` makes of the other end of `links`; None where no program does that."""
     try:
         sources = view.shapes(start)
         wanted = [canonical(i, moved(view, i, start, links)) for i in range(len(view.samples))]

@@ -22,6 +22,7 @@ from graphopt.sites.attention.unpack import (
     Unpacked,
     packed_heads,
 )
+from graphopt.sites.attention.unrotated import sources_of
 from graphopt.sites.attention.view import RefusedError, View
 from graphopt.sites.base import AttentionSite, Mask, MaskKind
 from graphopt.sites.vocabulary import attributes, name_of
@@ -234,6 +235,7 @@ def _site(
     bare = split.causal and split.only_causal and all(split.ends_aligned(q, k) for q, k, _ in shapes)
     split = replace(split, bare=bare)
     mask_only = "attn_mask" if operator is _ONNX else "attention_bias"
+    rope = all(n in given and rotated(view, given[n]) for n in ("q", "k"))
     past = (given.get("past_key", given.get("past")), given.get("past_value", given.get("past")))
     site = AttentionSite(
         name=name_of(node),
@@ -250,7 +252,9 @@ def _site(
         kv_heads=k[1],
         head_dim=q[3],
         value_dim=v[3],
-        rope=all(n in given and rotated(view, given[n]) for n in ("q", "k")),
+        dtype=view.samples[0].dtypes[given["q" if "q" in given else "x"]],
+        rope=rope,
+        sources=sources_of(view, given["q"], given["k"], (split.q_heads, split.kv_heads)) if rope else None,
         past=None if past[0] is None or past[1] is None else (past[0], past[1]),
         exposed=tuple(u for u in view.users(node) if _index(u) in operator.scores and view.users(u)),
         form=operator.form,

@@ -1,0 +1,48 @@
+"""The `triton` target: the torch target, with kernels for the operators with a state on NVIDIA and AMD GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from graphopt.backends.torch import TorchBackend
+from graphopt.errors import GraphOptError
+from graphopt.graph import Graph
+
+__all__ = ["TritonBackend"]
+
+
+class TritonBackend(TorchBackend):
+    """Lowers a graph to an nn.Module; on CUDA and HIP devices its linear attention runs on Triton kernels."""
+
+    name = "triton"
+
+    def lower(self, graph: Graph, *, compile: bool = False, **options: Any) -> nn.Module:
+        """As the torch target; from then on the kernels serve every module of this process.
+
+        Args:
+            graph: what to lower.
+            compile: put the computation through torch.compile.
+            options: for torch.compile.
+
+        Raises:
+            GraphOptError: triton is not installed.
+        """
+        enable()
+        return super().lower(graph, compile=compile, **options)
+
+
+def enable(device: str = "cuda") -> None:
+    """Let the kernels compute `linear_attention` and `windowed_linear_attention` on this type of device.
+
+    Raises:
+        GraphOptError: triton is not installed.
+    """
+    try:
+        from graphopt.backends.triton.register import register
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise GraphOptError("the target 'triton' needs triton: pip install 'graphopt[triton]'") from error
+    register(device)

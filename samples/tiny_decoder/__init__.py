@@ -1,0 +1,1 @@
+"""A small pretrained Llama-architecture decoder, with what trained it and what exports it."""
