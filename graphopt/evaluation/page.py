@@ -10,8 +10,8 @@ from typing import Any
 
 from graphopt.errors import GraphOptError
 from graphopt.evaluation import table
-from graphopt.evaluation.ablation import SCHEMA
 from graphopt.evaluation.extra import optional
+from graphopt.evaluation.result import SCHEMA
 from graphopt.evaluation.templates import TEMPLATES
 from graphopt.rewrite.report import VERSION
 

@@ -54,7 +54,8 @@ def exponentials(
         parts.append(_near(q, k, values, late, min(window, S), position))
     if not parts:
         return values.new_zeros((*q.shape[:-1], values.shape[-1])).flatten(1, 2)
-    largest = torch.stack([_rows(scores, T).amax(-1) for scores, _ in parts]).amax(0).detach()
+    # Where another sum shares the denominator the shift does not cancel, so it has a gradient of its own.
+    largest = torch.stack([_rows(scores, T).amax(-1) for scores, _ in parts]).amax(0)
     largest = largest.masked_fill(largest == -torch.inf, 0).unsqueeze(-1)
     sums = [_weighted(scores, held, largest) for scores, held in parts]
     return torch.stack(sums).sum(0).flatten(1, 2) if len(sums) > 1 else sums[0].flatten(1, 2)

@@ -23,8 +23,8 @@ def naive(q, k, v, query_features, key_features, gate, key_weight=None, state=No
             for i in range(T):
                 p = S - T + i
                 near = [j for j in range(p + 1) if (j > p - window or j < sinks) and m[j] > 0]
-                exponents = {j: scale * float(q[b, h, i].detach() @ k[b, kv, j].detach()) for j in near}
-                shift = max(exponents.values(), default=0.0)
+                exponents = [scale * q[b, h, i] @ k[b, kv, j] for j in near]
+                shift = torch.stack(exponents).max() if near else torch.zeros((), dtype=q.dtype)
                 total, held = torch.zeros((), dtype=q.dtype), torch.zeros(V, dtype=q.dtype)
                 for j in near:
                     w = gate[0, h, 0, 0] * m[j] * torch.exp(scale * q[b, h, i] @ k[b, kv, j] - shift)

@@ -1,6 +1,7 @@
 """The small decoder of samples/: its weights, cache, exports and training, and llama2.c's checkpoints in it."""
 
 import argparse
+import dataclasses
 import json
 import math
 import struct
@@ -31,9 +32,20 @@ def tiny() -> Decoder:
 
 
 @pytest.fixture(scope="module")
-def exported(tiny: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short(tiny: Decoder) -> Decoder:
+    """The first two layers of the tiny decoder: exporting takes time for each layer."""
+    decoder = Decoder(dataclasses.replace(tiny.config, layers=2))
+    weights = {
+        name: value for name, value in tiny.state_dict().items() if not name.startswith(("layers.2", "layers.3"))
+    }
+    decoder.load_state_dict(weights)
+    return decoder.eval()
+
+
+@pytest.fixture(scope="module")
+def exported(short: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
-    export.export(tiny, folder)
+    export.export(short, folder)
     return folder
 
 
@@ -88,8 +100,9 @@ def test_the_weights_predict_python_source(tiny: Decoder) -> None:
     _, held_out = data.texts()
     windows = data.windows(held_out, tiny.config.context, 8)
     loss = F.cross_entropy(tiny(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
-    # MEASURED on the library of Python 3.11; another version's holds other files, of which some were trained on here.
-    assert loss < 1.5
+    # 0.926 measured on the library of Python 3.11. That of another version holds out other files; a model that knew
+    # only how often each byte occurs would lose about 3.
+    assert loss < 1.1
 
 
 @torch.no_grad()
@@ -131,12 +144,12 @@ def test_the_cache_changes_nothing(tiny: Decoder, chunks: list[int]) -> None:
 
 
 @torch.no_grad()
-def test_padding_on_the_left_changes_nothing(tiny: Decoder, exported: Path) -> None:
+def test_padding_on_the_left_changes_nothing(short: Decoder, exported: Path) -> None:
     prompt, rest = token_ids(256, 1, 4), token_ids(256, 1, 9)[:, 4:]
-    expected = tiny(torch.cat((prompt, rest), dim=1))
+    expected = short(torch.cat((prompt, rest), dim=1))
     padded = torch.nn.functional.pad(prompt, (3, 0))
     mask = (torch.arange(7) >= 3).long()[None]
-    session = export.CachedSession(exported / export.CACHED, tiny.config, batch=2)
+    session = export.CachedSession(exported / export.CACHED, short.config, batch=2)
     batch = torch.cat((token_ids(256, 1, 7), padded)).numpy()
     parts = [session.advance(batch, torch.cat((torch.ones_like(mask), mask)).numpy())[1:, 3:]]
     parts += [session.advance(np.repeat(token[None, None], 2, axis=0))[1:] for token in rest[0].numpy()]
@@ -169,7 +182,7 @@ def test_exports_declare_the_interface_of_optimum(exported: Path) -> None:
         "position_ids": ["batch_size", "sequence_length"],
         "logits": ["batch_size", "sequence_length", 256],
     }
-    for layer in range(4):
+    for layer in range(2):
         for part in ("key", "value"):
             expected[f"past_key_values.{layer}.{part}"] = ["batch_size", 4, "past_sequence_length", 32]
             expected[f"present.{layer}.{part}"] = ["batch_size", 4, total, 32]
@@ -177,26 +190,26 @@ def test_exports_declare_the_interface_of_optimum(exported: Path) -> None:
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 18)]
 
 
-def test_exports_agree_with_torch(tiny: Decoder, exported: Path) -> None:
-    errors = export.worst_errors(tiny, exported)
+def test_exports_agree_with_torch(short: Decoder, exported: Path) -> None:
+    errors = export.worst_errors(short, exported)
     assert set(errors) == {"decoder.onnx", "decoder_with_past.onnx"}
     assert max(errors.values()) < SAME
 
 
 @torch.no_grad()
-def test_every_axis_of_the_exports_is_dynamic(tiny: Decoder, exported: Path) -> None:
+def test_every_axis_of_the_exports_is_dynamic(short: Decoder, exported: Path) -> None:
     plain, cached = export.session(exported / export.PLAIN), export.session(exported / export.CACHED)
     names = [value.name for value in cached.get_inputs()]
     for batch in (1, 3):
         for length in (1, 7, 40):
             ids = token_ids(256, batch, length)
-            assert deviation(plain.run(None, {"input_ids": ids.numpy()})[0], tiny(ids)) < SAME
+            assert deviation(plain.run(None, {"input_ids": ids.numpy()})[0], short(ids)) < SAME
             for past in (0, 1, 5):
                 positions = torch.arange(past, past + length).expand(batch, -1)
                 mask = torch.ones(batch, past + length, dtype=torch.int64)
-                flat = torch.randn(8, batch, 4, past, 32, generator=torch.Generator().manual_seed(1)).unbind()
+                flat = torch.randn(4, batch, 4, past, 32, generator=torch.Generator().manual_seed(1)).unbind()
                 pairs = list(zip(flat[::2], flat[1::2], strict=True))
-                logits, presents = CachedDecoder(tiny)(ids, mask, positions, pairs)
+                logits, presents = CachedDecoder(short)(ids, mask, positions, pairs)
                 feeds = zip(names, [ids, mask, positions, *flat], strict=True)
                 found = cached.run(None, {name: value.numpy() for name, value in feeds})
                 expected = [logits, *(value for pair in presents for value in pair)]

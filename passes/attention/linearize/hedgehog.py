@@ -107,7 +107,7 @@ class HedgehogAttention(LinearReplacement):
         visible = torch.ones(1, 1, len(rows), S, dtype=torch.bool)
         if self.site.causal:
             visible = (torch.arange(S) <= rows[:, None] + (S - T))[None, None]
-        weight = self.weight_of_keys(operands.mask)
+        weight = self.weight_of_keys(operands.mask, operands.k)
         if weight is not None:
             visible = visible & (weight.transpose(-1, -2) > 0)
         seen = visible.any(-1, keepdim=True)

@@ -31,7 +31,7 @@ class LigerAttention(RecurrentReplacement):
         """From the values of the site's inputs to the value of its output."""
         operands = self.site.split(*values)
         query, keys = self.site.unrotated(*values) if self.site.unrotated else (operands.q, operands.k)
-        key_weight = self.weight_of_keys(operands.mask)
+        key_weight = self.weight_of_keys(operands.mask, operands.k)
         fresh, values_ = self.new(keys, query), self.new(operands.v, query)
         weight = self.new_weight(key_weight, query)
         recurrence = self.recurrence(query, fresh, values_, weight)

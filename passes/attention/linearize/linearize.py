@@ -85,7 +85,7 @@ class Linearize(SitePass):
     """What the maps learn: the site's output by squared error, or its weights by cross-entropy."""
     lora_steps: int | None = None
     """Steps of the fine-tuning with low-rank adapters; none means 200 for language models and 0 for others."""
-    lora_rate: float = 0.002
+    lora_rate: float = 0.003
     """Peak learning rate of the fine-tuning."""
     lora_rank: int = 8
     """Rank of the adapters; they are merged into the weights."""

@@ -33,7 +33,7 @@ class LinearReplacement(torch.nn.Module):
     def forward(self, *values: Any) -> Any:
         """From the values of the site's inputs to the value of its output."""
         operands = self.site.split(*values)
-        out = self.attend(operands.q, operands.k, operands.v, self.weight_of_keys(operands.mask))
+        out = self.attend(operands.q, operands.k, operands.v, self.weight_of_keys(operands.mask, operands.k))
         return self.site.merge(out)
 
     def attend(
@@ -52,7 +52,7 @@ class LinearReplacement(torch.nn.Module):
         """
         raise NotImplementedError
 
-    def weight_of_keys(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+    def weight_of_keys(self, mask: torch.Tensor | None, k: torch.Tensor) -> torch.Tensor | None:
         """Exp of each key's own mask value [B, 1, S, 1]: exp(s + m) = exp(s) exp(m), so hidden keys weigh 0.
 
         The last row of the mask has what every row has: under a causal mask the last query sees all keys.
@@ -60,7 +60,11 @@ class LinearReplacement(torch.nn.Module):
         if mask is None or self.site.mask.value is None or self.site.mask.kind is MaskKind.CAUSAL:
             return None
         row = torch.transpose(torch.narrow(mask, -2, -1, 1), -1, -2)
-        return torch.exp(row) if self.site.mask.additive else row.to(torch.float32)
+        weight = torch.exp(row) if self.site.mask.additive else row.to(torch.float32)
+        if self.site.past is not None:
+            # Where other layers keep their whole cache, the mask covers more positions than this one's window.
+            weight = torch.ops.graphopt.last_rows(weight, k)
+        return weight
 
     def state_shape(self) -> tuple[int, int, int]:
         """Heads, features and values of the state that a causal method carries."""

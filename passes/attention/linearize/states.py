@@ -69,13 +69,18 @@ def carry_states(graph: Graph, replacements: Sequence[Replacement], window: int,
         editor.add_state(index, replacement)
     result = editor.finish()
     _require_agreement(result, context)
-    sums = [s for s in result.states if s.kind == "sum"]
-    context.notes.append(
-        f"the model's caches now keep at most {sinks + window} positions, and what leaves them lives on in "
-        f"{len(sums)} states ({sums[0].past}, ...): begin with caches of length 0 and states of zeros, and give each "
-        "present* back as the past* of the same name; attention_mask covers the cached and the new positions"
-    )
+    context.notes.append(_how_to_feed(result, sinks + window))
     return result
+
+
+def _how_to_feed(graph: Graph, kept: int) -> str:
+    sums = [s.past for s in graph.states if s.kind == "sum"]
+    rest = f", and what leaves them lives on in {len(sums)} states ({sums[0]}, ...)" if sums else ""
+    zeros = " and states of zeros" if sums else ""
+    return (
+        f"the model's caches now keep at most {kept} positions{rest}: begin with caches of length 0{zeros}, and give "
+        "each present* back as the past* of the same name; attention_mask covers the cached and the new positions"
+    )
 
 
 def _names_of(graph: Graph, site: Any) -> list[str]:
@@ -151,7 +156,10 @@ class _Editor:
         """A new input for the operator's state, and a new output for what becomes of it."""
         module, site = replacement.module, replacement.site
         assert isinstance(module, LinearReplacement)
-        call = next(n for n in self.graph.nodes if n.meta.get("graphopt_site") == site.name and n.target in _OPERATORS)
+        nodes = [n for n in self.graph.nodes if n.meta.get("graphopt_site") == site.name]
+        call = next((n for n in nodes if n.target in _OPERATORS), None)
+        if call is None:
+            return  # a window alone carries nothing else
         shape = (self._batch, *module.state_shape())
         past, present = (ValueSpec(f"{word}_state.{index}", torch.float32, shape) for word in ("past", "present"))
         last = self.graph.placeholders[-1]

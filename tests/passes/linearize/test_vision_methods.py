@@ -424,7 +424,7 @@ def test_cached_sites_are_refused_for_blocks():
     assert plain.check(plain.find(graph).sites[0]) is None
 
 
-def test_only_the_first_of_the_chosen_sites_have_blocks(sources):
+def test_only_the_first_of_the_chosen_sites_have_blocks():
     class Two(torch.nn.Module):
         def forward(self, q, k, v):
             x = F.scaled_dot_product_attention(q, k, v)
