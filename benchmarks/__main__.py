@@ -7,7 +7,7 @@ import pkgutil
 import sys
 from pathlib import Path
 
-_HELPERS = {"common", "table", "__main__"}
+_HELPERS = {"common", "table", "decoder_tables", "__main__"}
 # Runs on request only: a million executions take a quarter of an hour.
 _LONG = {"fuzz"}
 

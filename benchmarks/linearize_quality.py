@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,8 @@ import numpy as np
 from benchmarks.common import DATA, RESULTS, show, store
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
-SENTENCE = (
-    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
-)
-SEEDS = range(5)
+SENTENCE = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+SEEDS = tuple(range(5))
 
 
 @dataclass(frozen=True)
@@ -55,33 +53,34 @@ _TINY_FIT = "fit_steps=60,lora_steps=100"
 
 def rows() -> list[Row]:
     """All there is to measure, the most telling first."""
-    found = []
-    for model, base, fit, text in (("stories260k", _STORIES, _STORIES_FIT, "own"), ("tiny", _TINY, _TINY_FIT, "real")):
-        found += [
-            Row(model, "window alone, untrained", f"{base},branches=window,train=none", text=text),
-            Row(model, "window + 4 sinks, untrained", f"{base},branches=window,sinks=4,train=none", text=text),
-            Row(model, "linear alone, untrained", f"{base},branches=linear,train=none", text=text),
-            Row(model, "lolcats, swapped", f"{base},train=none", text=text),
-            Row(model, "lolcats, transfer", f"{base},{fit},train=transfer", text=text),
-            Row(model, "lolcats", f"{base},{fit}", text=text),
-            Row(model, "liger", f"{base},{fit},method=liger", text=text),
-            Row(model, "window alone", f"{base},{fit},branches=window", text=text),
-            Row(model, "linear alone", f"{base},{fit},branches=linear", text=text),
-            Row(model, "gated", f"{base},{fit},method=gated", text=text),
-            Row(model, "delta", f"{base},{fit},method=delta", text=text),
-            Row(model, "lolcats, 4 sinks", f"{base},{fit},sinks=4", text=text),
-        ]
-    found += [
-        Row("tiny", name, f"{_TINY},{_TINY_FIT}{extra}", seed, "real")
-        for seed in SEEDS
-        for name, extra in (("lolcats", ""), ("window alone", ",branches=window"))
-        if seed
+    stories = _of("stories260k", _STORIES, _STORIES_FIT, "own")
+    tiny = _of("tiny", _TINY, _TINY_FIT, "real")
+    seeds = [replace(row, seed=seed) for seed in SEEDS[1:] for row in (tiny["lolcats"], tiny["window alone"])]
+    untrained = [found[name] for found in (stories, tiny) for name in found if "train=none" in found[name].options]
+    first = [stories["lolcats"], stories["liger"], tiny["lolcats"], tiny["window alone"], tiny["liger"]]
+    texts = [
+        replace(tiny["lolcats"], text="own"),
+        Row("stories260k", "lolcats, on text", f"{stories['lolcats'].options},objective=text"),
     ]
-    found += [
-        Row("tiny", "lolcats", f"{_TINY},{_TINY_FIT}", text="own"),
-        Row("stories260k", "lolcats, on text", f"{_STORIES},{_STORIES_FIT},objective=text"),
-    ]
-    return found
+    return list(dict.fromkeys([*untrained, *first, *seeds, *stories.values(), *texts, *tiny.values()]))
+
+
+def _of(model: str, base: str, fit: str, text: str) -> dict[str, Row]:
+    options = {
+        "window alone, untrained": f"{base},branches=window,train=none",
+        "window + 4 sinks, untrained": f"{base},branches=window,sinks=4,train=none",
+        "linear alone, untrained": f"{base},branches=linear,train=none",
+        "lolcats, swapped": f"{base},train=none",
+        "lolcats, transfer": f"{base},{fit},train=transfer",
+        "lolcats": f"{base},{fit}",
+        "window alone": f"{base},{fit},branches=window",
+        "linear alone": f"{base},{fit},branches=linear",
+        "liger": f"{base},{fit},method=liger",
+        "gated": f"{base},{fit},method=gated",
+        "delta": f"{base},{fit},method=delta",
+        "lolcats, 4 sinks": f"{base},{fit},sinks=4",
+    }
+    return {name: Row(model, name, spelled, text=text) for name, spelled in options.items()}
 
 
 def _sample(name: str) -> Any:

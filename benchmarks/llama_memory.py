@@ -93,7 +93,6 @@ done.set()
 print(json.dumps({
     "weights_mb": total * 2 / 1e6, "before_mb": before, "peak_mb": peak[0], "load_s": load, "apply_s": apply,
     "rewritten": result.report.rewritten, "layers": config.num_hidden_layers,
-    "same_weights": result.graph.to_module() is not None,
 }))
 """
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import decoder_tables
 from benchmarks.common import RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -209,6 +210,9 @@ _SECTIONS: dict[str, Callable[[_Result], list[str]]] = {
     "minilm_quality": _quality,
     "attention_latency": _latency,
     "windowed_latency": _windowed,
+    "linearize_quality": lambda result: decoder_tables.perplexity(result, _table),
+    "decoding": lambda result: decoder_tables.decoding(result, _table),
+    "llama_memory": lambda result: decoder_tables.memory(result, _table),
     "large_model": _large,
     "attention_recognition": _recognition,
     "conformance": _conformance,

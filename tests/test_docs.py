@@ -1,5 +1,7 @@
 """The code in the documentation runs as it stands."""
 
+import dataclasses
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -11,7 +13,10 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["docs/python.md", "docs/index.md", "docs/onnx.md", "docs/evaluation.md"])
+PAGES = ["docs/python.md", "docs/index.md", "docs/onnx.md", "docs/evaluation.md", "docs/kernels.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_pages(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -19,6 +24,21 @@ def test_pages(page, tmp_path, monkeypatch, capsys):
         exec(compile(code, page, "exec"), names)
     if page.endswith("python.md"):
         assert "did you mean 'linearize'" in capsys.readouterr().out
+
+
+def test_decoders(tmp_path, monkeypatch):
+    """On the first layer of the tiny decoder: exporting takes seconds for each."""
+    monkeypatch.syspath_prepend(ROOT / "samples")
+    model, export = (importlib.import_module(f"tiny_decoder.{name}") for name in ("model", "export"))
+    tiny = importlib.import_module("tiny_decoder.checkpoint").load_tiny()
+    decoder = model.Decoder(dataclasses.replace(tiny.config, layers=1))
+    decoder.load_state_dict({k: v for k, v in tiny.state_dict().items() if k in decoder.state_dict()})
+    export.export(decoder, tmp_path / "decoder")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in BLOCK.findall((ROOT / "docs/decoders.md").read_text()):
+        exec(compile(code, "docs/decoders.md", "exec"), names)
+    assert len(names["written"]) == 40
 
 
 def test_readme(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """Parameters, bytes, FLOPs and peak activation memory as expressions in the model's own symbols."""
 
-# The two tables enter their counts when they are imported.
-from graphopt.cost import contractions, pointwise
+# The tables enter their counts when they are imported.
+from graphopt.cost import attention_operators, contractions, pointwise
 from graphopt.cost.compare import Row, compare
 from graphopt.cost.display import format_expr, format_number
 from graphopt.cost.model import Cost, cost_of
@@ -12,6 +12,7 @@ __all__ = [
     "Cost",
     "MissingShapeError",
     "Row",
+    "attention_operators",
     "compare",
     "contractions",
     "cost_of",

@@ -175,29 +175,6 @@ def sdpa(call: Call) -> sympy.Expr:
     return attention_core(rest, q[-3], q[-2], k[-2], q[-3] * q[-1], q[-3] * v[-1], masks)
 
 
-@flops("graphopt::linear_attention", contraction=True)
-def linear_attention(call: Call) -> sympy.Expr:
-    """phi(q) (phi(k)^T v) with a column of ones for the normaliser; causal also masked products in chunks of 64."""
-    q, k, v = call.input(0), call.input(1), call.input(2)
-    (B, H, T, F), S, D = q, k[2], v[3]
-    normalize = call.attrs.get("normalize", True)
-    width = D + 1 if normalize else D
-    divide = B * H * T * (D + 1) if normalize else sympy.Integer(0)
-    weigh = elements(k) if call.has(3) else sympy.Integer(0)
-    if call.attrs.get("causal"):
-        # Every position is a query of its chunk; the running sum adds one state per chunk.
-        chunk = 64
-        return 2 * B * H * S * (chunk * (F + width) + 2 * F * width) + divide + weigh
-    return 2 * B * H * (S * F * width + T * F * width) + divide + weigh
-
-
-@flops("graphopt::hedgehog_map", contraction=True)
-def feature_map(call: Call) -> sympy.Expr:
-    """A linear map per head `[B, H, T, D] x [H, D, F]`, then a softmax over the features of either sign."""
-    B, H, T, D = call.input(0)
-    return B * H * T * call.input(1)[-1] * (2 * D + int(call.has(2))) + SOFTMAX * elements(call.output())
-
-
 @flops("LinearAttention", "com.microsoft::LinearAttention", contraction=True)
 def onnx_linear_attention(call: Call) -> sympy.Expr:
     """The recurrence step by step: update of the state and the read-out, 2 FLOPs each per element of the state."""

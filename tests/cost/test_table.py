@@ -110,21 +110,40 @@ def test_counts_of_custom_operators():
     assert cost_of(made).flops == 28 * B
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_linear_attention(causal):
+def counted(kind, *inputs, **attrs):
     from graphopt.cost.table import Call, lookup
 
-    F, D, H = 16, 8, 4
-    q, k, v = (B, sympy.Integer(H), S, sympy.Integer(F)), (B, H, S, F), (B, H, S, D)
-    call = Call("graphopt::linear_attention", (q, k, v), ((B, H, S, D),), {"causal": causal})
-    entry = lookup("graphopt::linear_attention")
+    entry = lookup(kind)
     assert entry is not None
-    width = D + 1
-    if causal:
-        expected = 2 * B * H * S * (64 * (F + width) + 2 * F * width) + B * H * S * width
-    else:
-        expected = 4 * B * H * S * F * width + B * H * S * width
-    assert sympy.expand(entry.count(call) - expected) == 0
+    shapes = tuple(None if i is None else tuple(map(sympy.sympify, i)) for i in inputs)
+    return sympy.expand(entry.count(Call(kind, shapes, ((*shapes[0][:3], shapes[2][3]),), attrs)))
+
+
+def test_attention_over_all_keys_is_two_products_and_a_division():
+    F, D, H = 16, 8, 4
+    found = counted("graphopt::kernel_attention", (B, H, S, F), (B, H, S, F), (B, H, S, D))
+    assert found == 4 * B * H * S * F * (D + 1) + B * H * S * (D + 1)
+
+
+def test_causal_operators_are_linear_in_the_length():
+    F, D, H, w = 16, 8, 4, 32
+    plain = counted("graphopt::linear_attention", (B, H, S, F), (B, H, S, F), (B, H, S, D))
+    assert plain == 2 * B * H * S * (64 * (F + D) + 2 * F * D)
+    delta = counted("graphopt::linear_attention", (B, H, S, F), (B, H, S, F), (B, H, S, D), rule="delta")
+    assert delta - plain == sympy.expand(B * H * S * (2 * 64 * F + 64 * (F + D) + 2 * F * D))
+    near = counted("graphopt::window_attention", (B, H, S, D), (B, 2, S, D), (B, 2, S, D), window=w)
+    assert near == B * H * S * 2 * w * (2 * D + 2 * (D + 1) + 5)
+    q, k, features = (B, H, S, D), (B, 2, S, D), (B, H, S, F)
+    hybrid = counted("graphopt::windowed_linear_attention", q, k, k, features, features, window=w)
+    assert hybrid == sympy.expand(near + 2 * B * H * S * (64 * (F + D + 1) + 2 * F * (D + 1)) + 3 * B * H * S * (D + 1))
+    assert sympy.Poly(hybrid, S).degree() == 1
+
+
+def test_every_operator_of_ours_has_a_count():
+    import graphopt.ops
+    from graphopt.cost.table import lookup
+
+    assert [name for name in graphopt.ops.__all__ if lookup(f"graphopt::{name}") is None] == []
 
 
 def test_a_failing_count_is_listed():
