@@ -32,7 +32,7 @@ TARGETS = {
     "sm_90": (GPUTarget("cuda", 90, 32), "cubin"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "hsaco"),
 }
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,11 @@ def visible_keys(position, keys, seen, window, sinks, SINKS: tl.constexpr):
 @triton.jit
 def _attend(
     queries, position, keys_of, k_t, values_of, v_t, weight, first, last, scale, window, sinks, S,
-    column, numerator, denominator, largest,
+    column, numerator, denominator, largest, peak,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, WEIGHT: tl.constexpr, SINKS: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys from `first` to `last` to the sums of a running softmax."""
+    """Adds the keys from `first` to `last` to the sums of a running softmax; KEEP: finds the key of the maximum too."""
     feature = tl.arange(0, BD)
     for start in range(first, last, BN):
         key = start + tl.arange(0, BN)
@@ -46,7 +47,12 @@ def _attend(
             share = tl.load(weight + key, mask=key < S, other=0.0)
         visible = visible_keys(position, key, share != 0.0, window, sinks, SINKS)
         scores = tl.where(visible, scale * dot(queries, tl.trans(keys)), -float("inf"))
-        grown = tl.maximum(largest, tl.max(scores, 1))
+        if KEEP:
+            top, at = tl.max(scores, 1, return_indices=True)
+            peak = tl.where(top > largest, start + at, peak)
+        else:
+            top = tl.max(scores, 1)
+        grown = tl.maximum(largest, top)
         # A row that has seen no key keeps -inf; 0 in its place makes all its exponentials 0 rather than NaN.
         bound = tl.where(grown == -float("inf"), 0.0, grown)
         p = tl.exp(scores - bound[:, None]) * share[None, :]
@@ -54,19 +60,19 @@ def _attend(
         denominator = denominator * shrink + tl.sum(p, 1)
         numerator = numerator * shrink[:, None] + dot(narrow(p, values.dtype), values)
         largest = grown
-    return numerator, denominator, largest
+    return numerator, denominator, largest, peak
 
 
 @triton.jit
 def _hybrid_kernel(
-    q, k, v, query_features, features, held, states, weight, gate, out, maxima, sums,
+    q, k, v, query_features, features, held, states, weight, gate, out, maxima, peaks, sums,
     scale, T, S, H: tl.constexpr, HKV: tl.constexpr, HF: tl.constexpr, window, sinks, gate_b, weight_b,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, f_b, f_h, f_t,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, HELD: tl.constexpr, C: tl.constexpr,
     BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     WEIGHT: tl.constexpr, SINKS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """HELD: columns of h. KEEP: store c_i and the denominators for the backward pass."""
+    """HELD: columns of h. KEEP: store c_i, its key (-1: none) and the denominators for the backward pass."""
     pid_v, n, head = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     b, query_head = head // H, head % H
     group, pair = query_head // (H // HKV), b * HF + query_head // (H // HF)
@@ -97,19 +103,20 @@ def _hybrid_kernel(
     near = tl.zeros([C, BV], tl.float32)
     denominator = tl.zeros([C], tl.float32)
     largest = tl.full([C], -float("inf"), tl.float32)
+    peak = tl.full([C], -1, tl.int32)
     weights = weight
     if WEIGHT:
         weights += b * weight_b
     if SINKS:
-        near, denominator, largest = _attend(
+        near, denominator, largest, peak = _attend(
             queries, position, keys_of, k_t, values_of, v_t, weights, 0, tl.minimum(sinks, S), scale, window, sinks, S,
-            column, near, denominator, largest, D, V, BD, BN, WEIGHT, True,
+            column, near, denominator, largest, peak, D, V, BD, BN, WEIGHT, True, KEEP,
         )  # fmt: skip
     begin = tl.maximum(n.to(tl.int32) * C + (S - T) - window + 1, 0)
     end = tl.minimum(n.to(tl.int32) * C + C + (S - T), S)
-    near, denominator, largest = _attend(
+    near, denominator, largest, peak = _attend(
         queries, position, keys_of, k_t, values_of, v_t, weights, begin, end, scale, window, sinks, S,
-        column, near, denominator, largest, D, V, BD, BN, WEIGHT, False,
+        column, near, denominator, largest, peak, D, V, BD, BN, WEIGHT, False, KEEP,
     )  # fmt: skip
     factor = tl.load(gate + b * gate_b + query_head).to(tl.float32)
     total = tl.maximum(factor * denominator + total, 1e-30)
@@ -118,6 +125,7 @@ def _hybrid_kernel(
     if KEEP:
         if pid_v == 0:
             tl.store(maxima + head * T + rows, tl.where(largest == -float("inf"), 0.0, largest), mask=rows < T)
+            tl.store(peaks + head * T + rows, peak, mask=rows < T)
             tl.store(sums + head * T + rows, total, mask=rows < T)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,14 @@ class Problem:
             **strides("q", self.q), **strides("k", self.k), **strides("v", self.v),
             "D": D, "V": V, "C": CHUNK, "BD": padded(D), "WEIGHT": self.share is not None, "SINKS": self.sinks > 0,
         }  # fmt: skip
+
+
+class Kept(NamedTuple):
+    """Of each row [B, H, T]: its largest exponent, the key that has it (-1: it sees none), and the denominator."""
+
+    maxima: torch.Tensor
+    peaks: torch.Tensor
+    sums: torch.Tensor
 
 
 def weights_of(key_weight: torch.Tensor | None, sinks: int, S: int, device: torch.device) -> torch.Tensor | None:
@@ -163,22 +172,24 @@ def forward(
         GraphOptError: the kernels do not take these types or sizes.
     """
     p = problem(q, k, v, query_features, key_features, gate, key_weight, state, window, sinks, scale)
-    out, final, _, _ = run(p, v.dtype, keep=False)
+    out, final, _ = run(p, v.dtype, keep=False)
     return out, final[..., : v.shape[-1] + 1].contiguous()
 
 
-def run(
-    p: Problem, dtype: torch.dtype, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Output, padded final state; with `keep`, also c and the denominators [B, H, T]."""
+def run(p: Problem, dtype: torch.dtype, keep: bool) -> tuple[torch.Tensor, torch.Tensor, Kept | None]:
+    """Output, padded final state, and with `keep` what the backward pass needs of each row."""
     B, H, _, T, _, _, V = p.sizes
     states, final = linear_attention.states_of(p.query_features, p.features, p.held, p.state)
     out = torch.empty((B, H, T, V), dtype=dtype, device=p.q.device)
-    maxima, sums = (torch.empty((B, H, T), dtype=torch.float32, device=p.q.device) if keep else None for _ in range(2))
+    kept = None
+    if keep:
+        types = (torch.float32, torch.int32, torch.float32)
+        kept = Kept(*(torch.empty((B, H, T), dtype=x, device=p.q.device) for x in types))
     hybrid_kernel(
         lambda meta: (-(-V // meta["BV"]), -(-T // CHUNK), B * H),
-        query_features=p.query_features, features=p.features, held=p.held, states=states, out=out, maxima=maxima,
-        sums=sums, HF=p.features.shape[1], **p.common(), **strides("f", p.query_features),
+        query_features=p.query_features, features=p.features, held=p.held, states=states, out=out,
+        **(kept._asdict() if kept else dict.fromkeys(Kept._fields)),
+        HF=p.features.shape[1], **p.common(), **strides("f", p.query_features),
         F=p.features.shape[-1], HELD=p.held.shape[-1], KEEP=keep,
     )  # fmt: skip
-    return out, final, maxima, sums
+    return out, final, kept

@@ -59,19 +59,24 @@ def backward(
     p = problem(q, k, v, query_features, key_features, gate, key_weight, state, window, sinks, scale)
     B, H, HKV, T, S, D, V = p.sizes
     dtype, device = p.q.dtype, p.q.device
-    y, _, maxima, sums = run(p, torch.float32, keep=True)
-    assert maxima is not None
-    assert sums is not None
+    y, _, kept = run(p, torch.float32, keep=True)
+    assert kept is not None
+    sums = kept.sums
     dy = torch.zeros_like(y) if dout is None else dout.float()
+    # Where nothing is visible the bound holds the denominator, and no gradient passes it: fp16 would make it infinite.
+    dy = dy * (sums > TINY).unsqueeze(-1)
     dn = (dy / sums.unsqueeze(-1)).to(dtype)
     dt = -(dy * y).sum(-1) / sums
-    # Where nothing is visible the bound holds the denominator, and no gradient passes it.
-    dt = dt * (sums > TINY)
     dq = torch.empty((B, H, T, D), dtype=q.dtype, device=device)
     dk = torch.empty((B, HKV, S, D), dtype=k.dtype, device=device)
     dv = torch.empty((B, HKV, S, V), dtype=torch.float32, device=device)
     dgate = torch.empty((B, H, T), dtype=torch.float32, device=device)
-    common = {"dnumerator": dn, "dtotal": dt.contiguous(), "maxima": maxima, "BV": padded(V), **p.common()}
+    rest = torch.empty((B, H, T), dtype=torch.float32, device=device)
+    common = {
+        "dnumerator": dn, "dtotal": dt.contiguous(), "maxima": kept.maxima, "peaks": kept.peaks, "rest": rest,
+        "BV": padded(V), **p.common(),
+    }  # fmt: skip
+    # The first kernel writes `rest`, and the second reads it.
     hybrid_query_kernel(lambda meta: (-(-T // CHUNK), B * H), dq=dq, dgate=dgate, **common)
     hybrid_key_kernel(lambda meta: (-(-S // CHUNK), B * HKV), dk=dk, dv=dv, **common)
 

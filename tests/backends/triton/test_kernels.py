@@ -14,18 +14,26 @@ HERE = Path(__file__).resolve().parent
 CHECKS = sorted((HERE / "interpreted").glob("check_*.py"))
 
 
-@pytest.mark.parametrize("file", CHECKS, ids=lambda file: file.stem)
-def test_kernels(file: Path) -> None:
+def run(marked: str) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     # The parent's workers and options are not the child's.
     for name in [name for name in env if name.startswith("PYTEST_")]:
         del env[name]
     if not torch.cuda.is_available():
         env["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", marked]
     # Outside the checkout: `python -m` puts the working folder on sys.path.
-    done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, *map(str, CHECKS)], cwd=HERE, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_kernels() -> None:
+    run("not slow")
+
+
+@pytest.mark.slow
+def test_kernels_in_the_other_combinations() -> None:
+    run("slow")
 
 
 def test_importing_the_target_does_not_import_triton() -> None:

@@ -150,6 +150,21 @@ def test_the_report_says_how_to_feed_it(with_cache, texts):
     assert [o.name for o in report.outputs] == ["logits"], "what became of the caches has another length on purpose"
 
 
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_a_window_alone_has_no_state(with_cache, texts, sinks):
+    graph = with_cache(4, 2)
+    new = graph.apply(spelled("branches=window,train=none", sinks=sinks), calibration=calibration(graph, texts)).graph
+    assert {s.kind for s in new.states} == {"window"}
+    assert [i.name for i in new.inputs] == [i.name for i in graph.inputs]
+    np.testing.assert_allclose(logits(new, texts, split=20), logits(new, texts), **CLOSE)
+    # One layer of a window has seen nothing of what lies more than a window per layer back.
+    if not sinks:
+        changed = texts.copy()
+        changed[:, :10] = (changed[:, :10] + 1) % 40
+        apart = np.abs(logits(new, changed) - logits(new, texts)).max((0, 2))
+        assert apart[10 + 2 * (WINDOW - 1) :].max() < 1e-4 < apart[10]
+
+
 def test_positions_counted_from_the_cache_are_noticed(decoder_files, texts, tmp_path):
     """Where positions come from the length of the cache, a bounded cache would stop them from growing."""
     model = onnx.load(decoder_files(4, 2) / "decoder_with_past.onnx")

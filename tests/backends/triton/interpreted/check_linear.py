@@ -20,6 +20,16 @@ torch.set_num_threads(1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Rule, and whether the decay is one per feature.
 RULES = [("linear", False), ("gated", False), ("gated", True), ("delta", False), ("gated_delta", False)]
+# The interpreter needs seconds where a decay is one per feature or keys are solved for: where the other rules show what
+# a test is about, those are for `-m slow`.
+SLOW = pytest.mark.slow
+LATER = [
+    ("gated", torch.float16),
+    ("delta", torch.bfloat16),
+    ("gated_delta", torch.float16),
+    ("gated_delta", torch.bfloat16),
+]
+MOST = [*RULES[:2], pytest.param(*RULES[2], marks=SLOW), pytest.param(*RULES[3], marks=SLOW), RULES[4]]
 PAIRS = (pairs_kernel, pairs_backward_kernel, solve_kernel)
 NAMES = ("q", "k", "v", "decay", "beta", "state")
 # fp32 rounds by 6e-8; sums over a hundred tokens, and the solve of the delta rules, add up to tens of that.
@@ -120,8 +130,20 @@ def check(
 SIZES = [(1, 16, 16), (17, 60, 100), (63, 100, 16), (65, 16, 60), (100, 16, 128), (64, 128, 16), (129, 16, 16)]
 
 
-# The interpreter needs seconds for each chunk with a decay per feature: one head then, and one chunk or two.
-CASES = [(*rule, *size) for rule in RULES for size in SIZES if not rule[1] or size[0] in (1, 17, 65)]
+# The rules share the sizes between them; all of each are for `-m slow`.
+FEW = {
+    ("linear", False): (1, 63, 100, 64),
+    ("gated", False): (1, 17, 65, 129),
+    ("gated", True): (17,),
+    ("delta", False): (65,),
+    ("gated_delta", False): (129,),
+}
+CASES = [
+    pytest.param(*rule, *size, marks=() if size[0] in FEW[rule] else SLOW)
+    for rule in RULES
+    for size in SIZES
+    if not rule[1] or size[0] in (1, 17, 65)
+]
 
 
 @pytest.mark.parametrize(("rule", "fine", "T", "K", "V"), CASES)
@@ -130,34 +152,47 @@ def test_outputs_and_gradients(rule: str, fine: bool, T: int, K: int, V: int) ->
     check(inputs(rule, fine, T, K, V, H=1), rule, (FP32, FP32), forms if T < 100 else forms[:1])
 
 
-@pytest.mark.parametrize(("rule", "fine"), RULES)
+@pytest.mark.parametrize(("rule", "fine"), [*RULES[:3], MOST[3], RULES[4]])
 def test_blocks_smaller_than_the_dimensions(rule: str, fine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in (forward_kernel, output_kernel, recurrent_kernel, reverse_kernel, gradient_kernel, *PAIRS):
         monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
     check(inputs(rule, fine, T=18, K=40, V=24, H=1), rule, (FP32, FP32), ("fused", "parallel", "recurrent"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("rule", "fine"), RULES)
+HALVES = [
+    pytest.param(
+        *rule, dtype, id=f"{rule[0]}-{rule[1]}-{dtype}", marks=SLOW if rule[1] or (rule[0], dtype) in LATER else ()
+    )
+    for rule in RULES
+    for dtype in (torch.float16, torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize(("rule", "fine", "dtype"), HALVES)
 def test_half_precision(rule: str, fine: bool, dtype: torch.dtype) -> None:
     tensors = inputs(rule, fine, T=70, H=1, dtype=dtype)
     check(tensors, rule, HALF[dtype, rule], ("fused",) if fine else ("fused", "parallel", "recurrent"))
 
 
-@pytest.mark.parametrize(("rule", "fine"), RULES)
+def test_half_precision_of_a_decay_per_feature() -> None:
+    tensors = inputs("gated", True, T=17, K=16, V=16, H=1, dtype=torch.float16)
+    check(tensors, "gated", HALF[torch.float16, "gated"], ("fused",))
+
+
+@pytest.mark.parametrize(("rule", "fine"), MOST)
 def test_groups_and_batches_without_a_state(rule: str, fine: bool) -> None:
     tensors = inputs(rule, fine, T=20, K=16, V=16, B=2 if rule == "linear" else 1, H=4, HKV=2, state=False)
     check(tensors, rule, (FP32, FP32), ("fused",) if fine else ("fused", "parallel", "recurrent"))
 
 
-@pytest.mark.parametrize(("rule", "fine"), RULES)
+@pytest.mark.parametrize(("rule", "fine"), MOST)
 def test_agrees_with_the_operator(rule: str, fine: bool) -> None:
     tensors = inputs(rule, fine, T=66, K=16, V=16, H=1)
     for found, expected in zip(forward(*tensors, rule, 0.3), chunked(*tensors, rule, 0.3), strict=True):
         assert error(found, expected) < FP32
 
 
-@pytest.mark.parametrize(("rule", "fine"), RULES)
+@pytest.mark.parametrize(("rule", "fine"), MOST)
 def test_the_state_continues(rule: str, fine: bool) -> None:
     q, k, v, decay, beta, state = inputs(rule, fine, T=80, K=16, V=16, H=1)
     whole, final = forward(q, k, v, decay, beta, state, rule)
@@ -170,7 +205,7 @@ def test_the_state_continues(rule: str, fine: bool) -> None:
     assert error(state, final) < FP32
 
 
-@pytest.mark.parametrize(("rule", "fine"), RULES)
+@pytest.mark.parametrize(("rule", "fine"), MOST)
 def test_strides_and_shared_decays(rule: str, fine: bool) -> None:
     # As projections leave them, [B, T, H, D]; decay and beta of one sequence for the whole batch.
     q, k, v, decay, beta, state = inputs(rule, fine, T=20, K=16, V=16, B=2, H=1)
@@ -203,7 +238,7 @@ def test_decays_far_below_what_an_exponential_holds(rule: str, fine: bool) -> No
 
 def test_equal_keys_in_the_delta_rule() -> None:
     # The triangle of ones: powers of M would reach 1e18 before they cancel.
-    tensors = inputs("delta", T=64, K=16, V=16)
+    tensors = inputs("delta", T=64, K=16, V=16, H=1)
     tensors[1] = tensors[1][:, :, :1].expand(-1, -1, 64, -1).contiguous()
     tensors[4] = torch.full_like(tensors[4], 1.0)
     check(tensors, "delta", (FP32, FP32), ("fused", "parallel", "recurrent"))
