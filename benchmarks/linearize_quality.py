@@ -48,7 +48,7 @@ class Row:
 _STORIES = "window=16,max_error=9"
 _STORIES_FIT = "fit_steps=200,lora_steps=600"
 _TINY = "window=64,max_error=9"
-_TINY_FIT = "fit_steps=30,lora_steps=60"
+_TINY_FIT = "fit_steps=30,lora_steps=80"
 
 
 def rows() -> list[Row]:
@@ -73,6 +73,7 @@ def _of(model: str, base: str, fit: str, text: str) -> dict[str, Row]:
         "lolcats, swapped": f"{base},train=none",
         "lolcats, transfer": f"{base},{fit},train=transfer",
         "lolcats": f"{base},{fit}",
+        "lolcats, published start": f"{base},{fit},start=identity",
         "window alone": f"{base},{fit},branches=window",
         "linear alone": f"{base},{fit},branches=linear",
         "liger": f"{base},{fit},method=liger",

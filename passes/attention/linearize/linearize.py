@@ -71,6 +71,8 @@ class Linearize(SitePass):
     """Of method transnormer: how many of the first sites keep the softmax, within blocks of `window` tokens."""
     branches: Literal["both", "window", "linear"] = "both"
     """Of method lolcats: leave one part away, to see what the other contributes."""
+    start: Literal["window", "identity"] = "window"
+    """Of method lolcats: begin as the window alone, with a faint linear part, or as published."""
     layers: str = ":"
     """Which sites in the order of execution, as a slice: 2: leaves the first two as they are."""
     keep_every: int = 0

@@ -62,6 +62,7 @@ def make(options: Linearize, site: AttentionSite, generator: torch.Generator) ->
         window=window,
         sinks=sinks,
         branches=options.branches,
+        start=options.start,
         tied=options.tied,
         loss=options.transfer,
     )
