@@ -48,7 +48,7 @@ class Row:
 _STORIES = "window=16,max_error=9"
 _STORIES_FIT = "fit_steps=200,lora_steps=600"
 _TINY = "window=64,max_error=9"
-_TINY_FIT = "fit_steps=30,lora_steps=80"
+_TINY_FIT = "fit_steps=80,lora_steps=40"
 
 
 def rows() -> list[Row]:
