@@ -16,16 +16,19 @@ from graphopt.sites import AttentionSite
 class DeltaAttention(RecurrentReplacement):
     """Unit queries and keys through learned maps, beta from the key."""
 
-    def __init__(self, site: AttentionSite, *, window: int, sinks: int = 0, negative: bool = False) -> None:
+    def __init__(
+        self, site: AttentionSite, *, window: int, sinks: int = 0, start: str = "window", negative: bool = False
+    ) -> None:
         """Start from the identity and beta = 1/2 (1 with `negative`).
 
         Args:
             site: what is replaced.
             window: see `RecurrentReplacement`.
             sinks: see `RecurrentReplacement`.
+            start: see `RecurrentReplacement`.
             negative: beta up to 2: eigenvalues in [-1, 1].
         """
-        super().__init__(site, window=window, sinks=sinks)
+        super().__init__(site, window=window, sinks=sinks, start=start)
         self.range = 2.0 if negative else 1.0
         eye = torch.eye(self.head_dim)
         self.query_map = torch.nn.Parameter(eye.repeat(self.heads, 1, 1))

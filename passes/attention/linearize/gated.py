@@ -32,6 +32,7 @@ class GatedAttention(RecurrentReplacement):
         *,
         window: int,
         sinks: int = 0,
+        start: str = "window",
     ) -> None:
         """Start with half-lives between 16 and 4,096 tokens.
 
@@ -42,8 +43,9 @@ class GatedAttention(RecurrentReplacement):
             generator: for noise.
             window: see `RecurrentReplacement`.
             sinks: see `RecurrentReplacement`.
+            start: see `RecurrentReplacement`.
         """
-        super().__init__(site, window=window, sinks=sinks)
+        super().__init__(site, window=window, sinks=sinks, start=start)
         width, gain = features or self.head_dim, gain_for(site.scale, self.head_dim)
         self.query_map = FeatureMap(self.heads, self.head_dim, width, activation, gain, generator)
         self.key_map = FeatureMap(self.kv_heads, self.head_dim, width, activation, gain, generator)

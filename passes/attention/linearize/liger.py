@@ -1,7 +1,8 @@
 """S_t = diag(a_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t, with the gate taken from the keys: Liger.
 
 q and k are softmaxes over the head dimension of the projections before any rotation, log a_t = logsigmoid(k_t) / 16 of
-the same key projection, and the output is half of o_t and half of softmax attention over a window.
+the same key projection, and the output is half of o_t and half of softmax attention over a window (here the halves are
+learned shares).
 
 Lan et al., "Liger: Linearizing Large Language Models to Gated Recurrent Structures" (2025).
 """
@@ -23,9 +24,9 @@ _TEMPERATURE = 16.0
 class LigerAttention(RecurrentReplacement):
     """Gated recurrence without parameters of its own, but for the shares of the two parts."""
 
-    def __init__(self, site: AttentionSite, *, window: int, sinks: int = 0) -> None:
+    def __init__(self, site: AttentionSite, *, window: int, sinks: int = 0, start: str = "window") -> None:
         """See `RecurrentReplacement`; the site has been extended by its unrotated queries and keys."""
-        super().__init__(site, window=window, sinks=sinks)
+        super().__init__(site, window=window, sinks=sinks, start=start)
 
     def forward(self, *values: Any) -> Any:
         """From the values of the site's inputs to the value of its output."""

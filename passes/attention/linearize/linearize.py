@@ -72,7 +72,7 @@ class Linearize(SitePass):
     branches: Literal["both", "window", "linear"] = "both"
     """Of method lolcats: leave one part away, to see what the other contributes."""
     start: Literal["window", "identity"] = "window"
-    """Of method lolcats: begin as the window alone, with a faint linear part, or as published."""
+    """Of methods with a window: begin as the window alone, with a faint linear part, or as published."""
     layers: str = ":"
     """Which sites in the order of execution, as a slice: 2: leaves the first two as they are."""
     keep_every: int = 0

@@ -45,11 +45,11 @@ def make(options: Linearize, site: AttentionSite, generator: torch.Generator) ->
     if method == "hedgehog":
         return HedgehogAttention(site, *maps, tied=options.tied, loss=options.transfer)
     if method == "liger":
-        return LigerAttention(site, window=window, sinks=sinks)
+        return LigerAttention(site, window=window, sinks=sinks, start=options.start)
     if method == "gated":
-        return GatedAttention(site, *maps, window=window, sinks=sinks)
+        return GatedAttention(site, *maps, window=window, sinks=sinks, start=options.start)
     if method == "delta":
-        return DeltaAttention(site, window=window, sinks=sinks, negative=options.negative)
+        return DeltaAttention(site, window=window, sinks=sinks, start=options.start, negative=options.negative)
     if method == "inline":
         return InlineAttention(site, grid=options.grid)
     if method == "soft":

@@ -8,23 +8,26 @@ from graphopt.passes.attention.linearize.replacement import LinearReplacement
 from graphopt.sites import AttentionSite
 
 _TINY = 1e-12
+# Logit of the window's share at a start that is nearly the window alone: 0.98.
+_NEAR = 4.0
 
 
 class RecurrentReplacement(LinearReplacement):
     """(1 - m) times a recurrence plus m times softmax over a window, with one learned m per head."""
 
-    def __init__(self, site: AttentionSite, *, window: int, sinks: int = 0) -> None:
-        """Start with equal shares.
+    def __init__(self, site: AttentionSite, *, window: int, sinks: int = 0, start: str = "window") -> None:
+        """Start with a large share for the window, or with equal ones.
 
         Args:
             site: what is replaced; causal.
             window: how many keys the softmax sees; 0 leaves the recurrence alone.
             sinks: how many of the first keys it sees besides.
+            start: `window`: the recurrence is faint at first; `identity`: equal shares.
         """
         super().__init__(site)
         self.window, self.sinks = window, sinks
         if window:
-            self.share = torch.nn.Parameter(torch.zeros(1, self.heads, 1, 1))
+            self.share = torch.nn.Parameter(torch.full((1, self.heads, 1, 1), _NEAR if start == "window" else 0.0))
 
     def mixed(
         self,
