@@ -18,7 +18,7 @@ def perplexity(result: _Result, table: Table) -> list[str]:
         "Held-out texts that no training saw; the ratio is to the original's perplexity on them. *Own* texts were\n"
         "written by the model itself, *real* ones are sources of Python's standard library. *Alone* rows leave one of\n"
         "the two parts away and are trained alike. stories260K: window 16, texts of 256 tokens; tiny decoder: window\n"
-        "64, texts of 1,024 bytes: there a window alone loses little to begin with, so the linear part has little to add.\n"
+        "64, texts of 1,024 bytes: there a window alone loses little to begin with, so the linear part adds little.\n"
         "Seconds are on one thread, with another run beside it.",
     ]
     for model in dict.fromkeys(row["model"] for row in result["rows"].values()):
