@@ -57,7 +57,6 @@ CASES = {
     "maximum": lambda x: torch.maximum(x, torch.minimum(x * 2, 0 - x)),
     "gates": lambda x: F.logsigmoid(x * 60) + F.softplus(x * 30) + F.silu(x) + F.elu(x, 0.5),
     "float": lambda x: torch.gt(x, 0).float(),
-    "type_as": lambda x: torch.gt(x, 0).type_as(x),
     "normalize": lambda x: F.normalize(x, dim=-1) + F.normalize(x, 2.0, 2, eps=3.0),
     "rms_norm": lambda x: F.rms_norm(x, (8,)) + F.rms_norm(x, (8,), eps=1e-3),
     "getitem": lambda x: x[:, 1:, -5:, 1:-1] + x[:, :1, -5:, :6],

@@ -53,7 +53,7 @@ def test_linearize_leaves_the_rest_alone(name: str, tmp_path: Path) -> None:
     graph = graphopt.load(path)
     known = {spec.name for spec in graph.inputs}
     data = [{k: v for k, v in feeds(odd.feeds[0], i).items() if k in known} for i in range(2)]
-    result = graph.apply("linearize{fit_steps=0,max_error=9}", calibration=data)
+    result = graph.apply("linearize{method=hedgehog,fit_steps=0,max_error=9}", calibration=data)
     assert result.report.rewritten == 1
     result.graph.save(out)
     saved = onnx.load(out, load_external_data=False)

@@ -24,7 +24,7 @@ from .checks import check_names, is_valid, session
 from .models import MODELS
 from .odd import BOTH, BRANCHES, P, X, branch, info, parsed, tensor
 
-LINEARIZE = "linearize{fit_steps=0,max_error=9}"
+LINEARIZE = "linearize{method=hedgehog,fit_steps=0,max_error=9}"
 
 
 def loaded(proto: onnx.ModelProto) -> Graph:

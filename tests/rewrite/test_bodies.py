@@ -170,7 +170,7 @@ def test_linearize_enters_a_branch(tmp_path):
     graph = graphopt.load(attention_in_a_branch(tmp_path))
     sites = graph.sites("attention")
     assert len(sites) == 1
-    result = graph.apply("linearize{fit_steps=60}", calibration=list(batches(6)))
+    result = graph.apply("linearize{method=hedgehog,fit_steps=60}", calibration=list(batches(6)))
     (report,) = [site for site in result.report.passes[0].sites if site.kind == "attention"]
     assert (report.status, report.name) == ("rewritten", sites[0].name)
     assert report.errors["after_fit"] < report.errors["before_fit"]
@@ -189,7 +189,7 @@ def test_linearize_enters_a_branch(tmp_path):
 
 def test_a_site_in_a_branch_that_never_ran_is_refused(tmp_path):
     graph = graphopt.load(attention_in_a_branch(tmp_path))
-    result = graph.apply("linearize{fit_steps=0}", calibration=list(batches(2, chosen=False)))
+    result = graph.apply("linearize{method=hedgehog,fit_steps=0}", calibration=list(batches(2, chosen=False)))
     reports = [site for site in result.report.passes[0].sites if site.kind == "attention"]
     assert [(r.status, "never ran" in r.reason) for r in reports] == [("refused", True)]
 
@@ -197,7 +197,7 @@ def test_a_site_in_a_branch_that_never_ran_is_refused(tmp_path):
 def test_sites_of_branches_can_be_chosen_by_name(tmp_path):
     graph = graphopt.load(attention_in_a_branch(tmp_path))
     with pytest.raises(GraphOptError, match="no site is called 'nowhere'"):
-        graph.apply("linearize{fit_steps=0}", calibration=list(batches(2)), only=["nowhere"])
+        graph.apply("linearize{method=hedgehog,fit_steps=0}", calibration=list(batches(2)), only=["nowhere"])
 
 
 UNKNOWN = """g (float[N, 4] x) => (float[N, 4] y) <float[4] w = {1, 2, 3, 4}> {

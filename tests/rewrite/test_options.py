@@ -13,7 +13,7 @@ from graphopt.rewrite.options import parse_all, read_pipeline, spell
 def test_defaults_and_values():
     assert parse("linearize") == Linearize()
     assert parse(" linearize { method = hedgehog , fit_steps=7, learning_rate=1e-3 } ") == Linearize(
-        fit_steps=7, learning_rate=1e-3
+        method="hedgehog", fit_steps=7, learning_rate=1e-3
     )
     assert parse("linearize{fit-steps=7}") == Linearize(fit_steps=7)
 
@@ -25,7 +25,7 @@ def test_defaults_and_values():
         ("nothing_like_it", "no pass is called"),
         ("linearize{fit_step=3}", "did you mean 'fit_steps'"),
         ("linearize{fit_steps=many}", "expected fit_steps to be int, got 'many'"),
-        ("linearize{method=magic}", "expected method to be hedgehog"),
+        ("linearize{method=magic}", r"expected method to be auto\|lolcats\|liger\|hedgehog.*, got 'magic'"),
         ("linearize{fit_steps}", "expected option=value"),
         ("linearize{fit_steps=1,fit_steps=2}", "twice"),
         ("linearize{fit_steps=-1}", "at least 0"),
