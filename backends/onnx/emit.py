@@ -133,10 +133,15 @@ class Emitter:
     def _name_of_weight(self, node: fx.Node) -> str:
         """A trained weight keeps the name of the one that it replaces, where nothing needs that one any more."""
         name = node.meta.get("onnx_replaces")
-        holders = [n for n in self.graph.nodes if n.op == "get_attr" and n.users and n.meta.get("onnx_name") == name]
-        if name is None or holders or name in self.parts.pinned or any(name in captured(n) for n in self.proto.node):
+        if name is None or self._is_needed(name):
             return self.parts.names.fresh(str(node.target))
         return str(name)
+
+    def _is_needed(self, weight: str) -> bool:
+        """Whether something still refers to a weight that was read."""
+        if weight in self.parts.pinned or any(weight in captured(n) for n in self.proto.node):
+            return True
+        return any(n.op == "get_attr" and n.users and n.meta.get("onnx_name") == weight for n in self.graph.nodes)
 
     def _call(self, node: fx.Node) -> None:
         if picks_output(node):

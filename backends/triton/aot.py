@@ -85,16 +85,16 @@ def _calls(dtype: torch.dtype, K: int, V: int) -> Iterator[Callable[[], object]]
             beta = empty(B, HKV, T, 1, like=torch.float32) if rule.endswith("delta") else None
             arguments = (q, k, v, decay, beta, state, rule, 1.0)
             for form in ("fused", "parallel", "recurrent"):
-                yield lambda a=arguments, f=form: linear_attention.forward(*a, form=f)  # type: ignore[misc]
-            yield lambda a=arguments: linear_gradients.backward(dout, state, *a)  # type: ignore[misc]
+                yield lambda a=arguments, f=form: linear_attention.forward(*a, form=f)  # type: ignore[misc]  # mypy infers no lambda with defaults
+            yield lambda a=arguments: linear_gradients.backward(dout, state, *a)  # type: ignore[misc]  # mypy infers no lambda with defaults
 
     features, key_features = empty(B, H, T, K), empty(B, H, T, K)
     gate, weight = empty(1, H, 1, 1, like=torch.float32), empty(B, 1, T, 1, like=torch.float32)
     dfinal = empty(B, H, K, V + 1, like=torch.float32)
     for mask, sinks in ((None, 0), (weight, 4)):
         inputs = (q, k, v, features, key_features, gate, mask, None, 64, sinks, 1.0)
-        yield lambda a=inputs: windowed_attention.forward(*a)  # type: ignore[misc]
-        yield lambda a=inputs: windowed_gradients.backward(dout, dfinal, *a)  # type: ignore[misc]
+        yield lambda a=inputs: windowed_attention.forward(*a)  # type: ignore[misc]  # mypy infers no lambda with defaults
+        yield lambda a=inputs: windowed_gradients.backward(dout, dfinal, *a)  # type: ignore[misc]  # mypy infers no lambda with defaults
 
 
 def _describe(note: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:

@@ -43,9 +43,9 @@ def _parts(message: Any) -> list[Callable[[], None]]:
     for descriptor, value in message.ListFields():
         if descriptor.is_repeated:
             for i in range(len(value)):
-                found.append(lambda value=value, i=i: value.__delitem__(i))  # type: ignore[misc]
+                found.append(lambda value=value, i=i: value.__delitem__(i))  # type: ignore[misc]  # mypy infers no lambda with defaults
         else:
-            found.append(lambda name=descriptor.name: message.ClearField(name))  # type: ignore[misc]
+            found.append(lambda name=descriptor.name: message.ClearField(name))  # type: ignore[misc]  # mypy infers no lambda with defaults
         if descriptor.type == Field.TYPE_MESSAGE:
             for part in value if descriptor.is_repeated else [value]:
                 inner += _parts(part)

@@ -21,7 +21,7 @@ from benchmarks.fuzz.mutate import LARGEST, broken, mutated
 with atheris.instrument_imports(include=["graphopt"]):
     import graphopt.passes.cleanup
     import graphopt.rewrite.manager
-    import graphopt.shapes  # noqa: F401
+    import graphopt.shapes  # noqa: F401  # so that its coverage guides too
     from benchmarks.fuzz import escapes, targets
 
 SECONDS = 10

@@ -165,7 +165,7 @@ def main() -> None:
     """See the module."""
     import graphopt.cli
     import graphopt.passes.cleanup
-    import graphopt.sites  # noqa: F401
+    import graphopt.sites  # noqa: F401  # loaded before memory is limited
 
     signal.signal(signal.SIGPROF, _stop)
     limit_memory()

@@ -52,9 +52,10 @@ class LolcatsAttention(HedgehogAttention):
         self.window, self.sinks, self.branches = window, sinks, branches
         if branches == "linear":
             self.window = self.sinks = 0
-        gate = _NEAR_GATE if start == "window" and branches == "both" else _GATE
+        faint = start == "window" and branches == "both"
+        gate = _NEAR_GATE if faint else _GATE
         self.gate = torch.nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(gate / (1 - gate))))
-        if start == "window" and branches == "both":
+        if faint:
             self._set_apart()
         if branches == "window":
             self.requires_grad_(False)  # softmax has nothing to learn

@@ -138,15 +138,13 @@ class _Editor:
             index = (slice(None), slice(None), slice(start, stop))
             return self._noted(self.graph.fx.call_function(operator.getitem, (x, index)), memory.past)
 
-        last = rows(rows(joined, sinks, None) if sinks else joined, -window, None) if window else None
+        if not window:
+            return rows(joined, None, sinks)
+        if not sinks:
+            return rows(joined, -window, None)
+        last = rows(rows(joined, sinks, None), -window, None)
         first = rows(joined, None, sinks)
-        if last is None or not sinks:
-            return first if last is None else self._without(last, first)
         return self._noted(self.graph.fx.call_function(torch.cat, ([first, last], 2)), memory.past)
-
-    def _without(self, kept: fx.Node, unused: fx.Node) -> fx.Node:
-        self.graph.fx.erase_node(unused)
-        return kept
 
     def _noted(self, node: fx.Node, spec: ValueSpec) -> fx.Node:
         node.meta.update(dtype=spec.dtype, rank=4, graphopt_site="graphopt")
