@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
@@ -39,6 +39,8 @@ class Emitted:
     added_inputs: Sequence[ValueSpec] = ()
     added_outputs: Sequence[ValueSpec] = ()
     """What a pass has added to the interface."""
+    resized: Mapping[str, ValueSpec] = field(default_factory=dict)
+    """Outputs, by name, to which a pass has given other sizes."""
 
 
 def live_weights(
@@ -64,7 +66,7 @@ def assemble(new: onnx.GraphProto, old: onnx.GraphProto, emitted: Emitted) -> No
     new.sparse_initializer.extend(s for s in old.sparse_initializer if s.values.name in live)
     new.input.extend(i for i in old.input if i.name not in removed)
     new.input.extend(map(_value_info, emitted.added_inputs))
-    new.output.extend(old.output)
+    new.output.extend(_resized(o, emitted.resized[o.name]) if o.name in emitted.resized else o for o in old.output)
     new.output.extend(map(_value_info, emitted.added_outputs))
     for output, name in zip(new.output, emitted.outputs, strict=True):
         output.name = name
@@ -78,6 +80,14 @@ def _value_info(spec: ValueSpec) -> onnx.ValueInfoProto:
     assert isinstance(spec.dtype, torch.dtype)
     shape = None if spec.shape is None else list(spec.shape)
     return onnx.helper.make_tensor_value_info(spec.name, ONNX_DTYPES[spec.dtype], shape)
+
+
+def _resized(output: onnx.ValueInfoProto, spec: ValueSpec) -> onnx.ValueInfoProto:
+    """The same declaration with the sizes of `spec`."""
+    new = onnx.ValueInfoProto()
+    new.CopyFrom(output)
+    new.type.tensor_type.shape.CopyFrom(_value_info(spec).type.tensor_type.shape)
+    return new
 
 
 def _with_constants_of_bodies(old: onnx.GraphProto, emitted: Emitted) -> list[onnx.NodeProto]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,7 +140,12 @@ class Builder:
         return self.op(defined, *inputs, domain=DOMAIN, outputs=outputs)
 
     def graph(
-        self, name: str, body: Body, inputs: Sequence[str] = (), dtype: torch.dtype = torch.float32
+        self,
+        name: str,
+        body: Body,
+        inputs: Sequence[str] = (),
+        dtype: torch.dtype = torch.float32,
+        types: Mapping[str, torch.dtype] | None = None,
     ) -> onnx.GraphProto:
         """The graph of a branch or a loop's body, which sees every value that is defined so far.
 
@@ -148,7 +153,8 @@ class Builder:
             name: of the graph.
             body: from the names of the inputs to the names of the outputs.
             inputs: what the graph's inputs are to be called, more or less.
-            dtype: element type of all inputs and outputs; their shapes stay open.
+            dtype: element type of the inputs and outputs; their shapes stay open.
+            types: of the inputs that have another one.
         """
         inner = Builder(self.owner, self._scope, names=self._names, in_function=self._in_function)
         taken = [self._names.fresh(f"{self._scope}/{i}") for i in inputs]
@@ -156,9 +162,15 @@ class Builder:
         given = [found] if isinstance(found, str) else list(found)
         # A graph's output has to be made by one of its own nodes, and be no other output too.
         given = [str(inner.op("Identity", x)) for x in given]
-        kind = onnx.helper.make_tensor_type_proto(ONNX_DTYPES[dtype], None)
-        values = [[onnx.helper.make_value_info(n, kind) for n in side] for side in (taken, given)]
-        return onnx.helper.make_graph(inner.nodes, name, values[0], values[1])
+        kinds = [(types or {}).get(i, dtype) for i in inputs]
+        return onnx.helper.make_graph(
+            inner.nodes, name, list(map(_typed, taken, kinds)), [_typed(name, dtype) for name in given]
+        )
+
+
+def _typed(name: str, dtype: torch.dtype) -> onnx.ValueInfoProto:
+    """A value of any shape."""
+    return onnx.helper.make_value_info(name, onnx.helper.make_tensor_type_proto(ONNX_DTYPES[dtype], None))
 
 
 Body = Callable[[Builder, list[str]], str | Sequence[str]]

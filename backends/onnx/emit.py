@@ -18,6 +18,7 @@ from graphopt.backends.onnx.table import Call, function_name, lookup
 from graphopt.dialect import operator_of
 from graphopt.dialect.binding import parameter_name
 from graphopt.errors import GraphOptError
+from graphopt.frontends.onnx.specs import value_spec
 from graphopt.graph import Graph, Origin, ValueSpec
 from graphopt.onnxfile.scopes import captured, defined_within, rename, rename_shards, stored
 from graphopt.onnxfile.tensors import to_tensor_proto
@@ -99,6 +100,7 @@ class Emitter:
             front,
             self._added(self.graph.inputs, self.proto.input),
             self._added(self.graph.outputs, self.proto.output),
+            self._resized(),
         )
         assemble(into, self.proto, emitted)
         return into
@@ -107,6 +109,13 @@ class Emitter:
         """What a pass has put behind the inputs or outputs that were read; that of a body is given otherwise."""
         known = {value.name for value in declared}
         return [] if self.graph.body is not None else [spec for spec in specs if spec.name not in known]
+
+    def _resized(self) -> dict[str, ValueSpec]:
+        """Outputs to which a pass has given other sizes than those that were read."""
+        if self.graph.body is not None:
+            return {}
+        read = {value.name: value_spec(value).shape for value in self.proto.output}
+        return {s.name: s for s in self.graph.outputs if s.name in read and s.shape != read[s.name]}
 
     def add(self, node: onnx.NodeProto, place: int = -1) -> None:
         """Put a node behind those that there are."""

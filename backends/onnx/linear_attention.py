@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,41 +62,36 @@ def _chunked(b: Builder, x: dict[str, str], heads: Heads) -> tuple[str, str]:
     # What fills the last chunk up must not enter the state.
     v = b.op("Mul", v, there)
     causal = b.op("Not", b.op("Less", b.unsqueeze(within, 1), b.unsqueeze(within, 0)))
-    ((out, state),) = additive(b, q, k, [str(v)], b.cast(str(causal), heads.wide), [x.get("state")])
+    out, state = _additive(b, q, k, str(v), b.cast(str(causal), heads.wide), x.get("state"))
     flat = b.op("Reshape", out, b.ints(0, heads.states * heads.groups, -1, heads.values))
     return str(b.op("Slice", flat, b.ints(0), b.unsqueeze(count, 0), b.ints(2))), state
 
 
-def additive(
-    b: Builder, q: str, k: str, values: Sequence[str], causal: str, states: Sequence[str | None]
-) -> list[tuple[str, str]]:
+def _additive(b: Builder, q: str, k: str, v: str, causal: str, state: str | None) -> tuple[str, str]:
     """The rule `linear` on chunks: a masked product within each, a running sum of k^T v between them.
 
     Args:
         b: where the nodes go.
         q: queries [B, Hkv, G, N, C, K].
-        k: keys [B, Hkv, 1 or G, N, C, K].
-        values: v [B, Hkv, 1, N, C, V]; several of them share the products of q and k.
+        k: keys [B, Hkv, 1, N, C, K].
+        v: values [B, Hkv, 1, N, C, V].
         causal: 1 where a token [C, 1] sees a key [1, C], else 0.
-        states: of each v, the one before the first chunk [B, Hkv (times G), K, V].
+        state: before the first chunk [B, Hkv, K, V].
 
     Returns:
-        Of each v, the output in the layout of q and the last state in that of `states`.
+        The output in the layout of q, and the last state in that of `state`.
     """
     weights = b.op("Mul", b.op("MatMul", q, turned(b, k, 6)), causal)
-    found = []
-    for v, state in zip(values, states, strict=True):
-        added = b.op("MatMul", turned(b, k, 6), v)
-        before = b.op("CumSum", added, b.number(3), exclusive=1)
-        shape = b.op("Shape", added)
-        if state is not None:
-            first = b.op("Concat", b.slice(shape, 0, 0, 3), b.ints(1), b.slice(shape, 0, 4, 6), axis=0)
-            before = b.op("Add", before, b.op("Reshape", state, first))
-        out = b.op("Add", b.op("MatMul", weights, v), b.op("MatMul", q, before))
-        last = b.op("Add", *(b.op("Gather", x, b.number(-1), axis=3) for x in (before, added)))
-        joined = b.op("Concat", b.slice(shape, 0, 0, 1), b.ints(-1), b.slice(shape, 0, 4, 6), axis=0)
-        found.append((str(out), str(b.op("Reshape", last, joined))))
-    return found
+    added = b.op("MatMul", turned(b, k, 6), v)
+    before = b.op("CumSum", added, b.number(3), exclusive=1)
+    shape = b.op("Shape", added)
+    if state is not None:
+        first = b.op("Concat", b.slice(shape, 0, 0, 3), b.ints(1), b.slice(shape, 0, 4, 6), axis=0)
+        before = b.op("Add", before, b.op("Reshape", state, first))
+    out = b.op("Add", b.op("MatMul", weights, v), b.op("MatMul", q, before))
+    last = b.op("Add", *(b.op("Gather", x, b.number(-1), axis=3) for x in (before, added)))
+    joined = b.op("Concat", b.slice(shape, 0, 0, 1), b.ints(-1), b.slice(shape, 0, 4, 6), axis=0)
+    return str(out), str(b.op("Reshape", last, joined))
 
 
 def _scanned(b: Builder, x: dict[str, str], heads: Heads) -> tuple[str, str]:

@@ -48,6 +48,17 @@ class Plan:
     scale: float
     wide: torch.dtype
 
+    @property
+    def scales_scores(self) -> bool:
+        """Whether the scale stands behind q k^T, where onnxruntime joins it with the product, as fp32; else on q."""
+        return self.scale != 1 and self.wide == torch.float32
+
+    def scaled(self, b: Builder, q: str) -> str:
+        """q, or q times the scale."""
+        if self.scale == 1 or self.scales_scores:
+            return q
+        return str(b.op("Mul", q, self.scalar(b, self.scale)))
+
     def scalar(self, b: Builder, value: float) -> str:
         """A constant in the type to compute in."""
         return b.number(value, self.wide)
@@ -71,6 +82,25 @@ class Span:
         """The sizes of q [B, H, T, D] and k [B, Hkv, S, D]."""
         queries, keys = number_of(b, q, 2), number_of(b, k, 2)
         return cls(queries, keys, str(b.op("Sub", keys, queries)))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Softmax over the visible keys, times the weight of each where keys have one.
+
+    Attributes:
+        values: [.., S].
+        mass: their sum [.., 1], without `key_weight` 1: then None.
+        largest: the largest without `key_weight`; the sum of exponentials is its inverse [.., 1].
+    """
+
+    values: str
+    mass: str | None
+    largest: str
+
+    def times(self, b: Builder, v: str) -> Near:
+        """Attention with values v [.., S, V]."""
+        return Near(str(b.op("MatMul", self.values, v)), self.mass, self.largest)
 
 
 @dataclass(frozen=True)
@@ -139,41 +169,57 @@ def _answer(b: Builder, near: Near, span: Span, plan: Plan) -> str:
 
 def rows_near(b: Builder, x: dict[str, str], span: Span, plan: Plan) -> Near:
     """Scores of each query with all keys [B, Hkv, G, T, S], which few queries and a short cache allow."""
-    q = b.op("Reshape", _scaled(b, x["q"], plan), b.ints(0, *plan.heads, -1, plan.widths[0]))
-    k, v = b.unsqueeze(x["k"], 2), b.unsqueeze(x["v"], 2)
+    q = b.op("Reshape", plan.scaled(b, x["q"]), b.ints(0, *plan.heads, -1, plan.widths[0]))
     at = b.unsqueeze(counted(b, span.keys, span.past), 1)
     keys = b.unsqueeze(counted(b, span.keys), 0)
     weight = b.unsqueeze(x["key_weight"], 2) if "key_weight" in x else None
-    return _attend(b, (q, k, v), _visible(b, at, keys, plan), weight, plan, 5)
+    weights = weights_of(b, q, b.unsqueeze(x["k"], 2), _visible(b, at, keys, plan), weight, plan, 5)
+    return weights.times(b, b.unsqueeze(x["v"], 2))
 
 
 def blocks_near(b: Builder, x: dict[str, str], span: Span, plan: Plan) -> Near:
-    """Scores of each block of queries with its own keys, the window before it and the sinks [B, Hkv, G, N, C, M]."""
-    start = block_starts(b, span)
-    q = blocks_of(b, _scaled(b, x["q"], plan), inside(b, places(b, start, 0, BLOCK), span.queries), plan.heads)
+    """Each block of queries with its own keys, the window before it and the sinks."""
+    weights, taken = block_weights(b, x, span, plan, block_starts(b, span.queries))
+    return weights.times(b, blocks_of(b, x["v"], taken, (plan.heads[0], 1)))
+
+
+def block_weights(b: Builder, x: dict[str, str], span: Span, plan: Plan, start: str) -> tuple[Weights, str]:
+    """Weights [B, Hkv, G, N, C, M] on the window before each block, its own keys and the sinks, in this order.
+
+    Args:
+        b: where the nodes go.
+        x: the operands.
+        span: their sizes.
+        plan: what is static.
+        start: the first query of each block [N, 1].
+
+    Returns:
+        The weights, and the places of the keys [N, M]; one that does not exist counts as the nearest, with weight 0.
+    """
+    q = blocks_of(b, plan.scaled(b, x["q"]), inside(b, places(b, start, 0, BLOCK), span.queries), plan.heads)
     start = str(b.op("Add", start, span.past))
     masks, taken = [], []
-    if plan.sinks:
-        at = b.unsqueeze(places(b, start, 0, BLOCK), 2)  # [N, C, 1]
-        first = _row(b, 0, plan.sinks)
-        masks.append(_hidden(b, b.op("Not", b.op("Greater", first, at)), plan))
-        taken.append(b.op("Add", b.op("Mul", start, b.number(0)), first))
     if plan.window:
         window = places(b, start, -plan.window, BLOCK)  # [N, M]
         outside = b.unsqueeze(str(b.op("Less", window, b.number(plan.sinks))), 1)
         edge = b.op("Where", outside, plan.scalar(b, -torch.inf), plan.scalar(b, 0))
         masks.append(b.op("Add", edge, _band(b, plan)))
         taken.append(window)
+    if plan.sinks:
+        at = b.unsqueeze(places(b, start, 0, BLOCK), 2)  # [N, C, 1]
+        first = _row(b, 0, plan.sinks)
+        masks.append(_hidden(b, b.op("Not", b.op("Greater", first, at)), plan))
+        taken.append(b.op("Add", b.op("Mul", start, b.number(0)), first))
     mask, keys = (b.op("Concat", *parts, axis=-1) if len(parts) > 1 else parts[0] for parts in (masks, taken))
     keys = inside(b, keys, span.keys)
-    k, v = (blocks_of(b, x[name], keys, (plan.heads[0], 1)) for name in "kv")
+    k = blocks_of(b, x["k"], keys, (plan.heads[0], 1))
     weight = blocks_of(b, x["key_weight"], keys, (1, 1)) if "key_weight" in x else None
-    return _attend(b, (q, k, v), mask, weight, plan, 6)
+    return weights_of(b, q, k, mask, weight, plan, 6), keys
 
 
-def block_starts(b: Builder, span: Span) -> str:
-    """The first query of each block [N, 1]."""
-    return b.unsqueeze(str(b.op("Range", b.number(0), span.queries, b.number(BLOCK))), 1)
+def block_starts(b: Builder, count: str) -> str:
+    """The first of each block of `count` queries [N, 1]."""
+    return b.unsqueeze(str(b.op("Range", b.number(0), count, b.number(BLOCK))), 1)
 
 
 def places(b: Builder, start: str, first: int, end: int) -> str:
@@ -189,10 +235,6 @@ def inside(b: Builder, taken: str, count: str) -> str:
 
 def _row(b: Builder, start: int, end: int) -> str:
     return b.constant(torch.arange(start, end).unsqueeze(0), "places")
-
-
-def _scaled(b: Builder, q: str, plan: Plan) -> str:
-    return q if plan.scale == 1 else str(b.op("Mul", q, plan.scalar(b, plan.scale)))
 
 
 def _band(b: Builder, plan: Plan) -> str:
@@ -217,18 +259,22 @@ def _hidden(b: Builder, visible: str, plan: Plan) -> str:
     return str(b.op("Where", visible, plan.scalar(b, 0), plan.scalar(b, -torch.inf)))
 
 
-def _attend(b: Builder, operands: tuple[str, str, str], mask: str, weight: str | None, plan: Plan, rank: int) -> Near:
-    """Softmax over the last axis of q k^T + mask [.., S]; `weight` [.., S, 1] stands on the values.
+def weights_of(b: Builder, q: str, k: str, mask: str, weight: str | None, plan: Plan, rank: int) -> Weights:
+    """Softmax over the last axis of scale q k^T + mask [.., S], from `Plan.scaled` q; `weight` of each key [.., S, 1].
 
     Every query sees its own key, so no row of the mask is -inf throughout. A weight of 0 hides by a large number
-    instead: where nothing else is visible, the softmax falls on hidden keys, whose weighted values are 0.
+    instead: where nothing else is visible, the softmax falls on hidden keys, whose weight is 0.
     """
-    q, k, v = operands
     if weight is not None:
-        unseen = b.op("Equal", turned(b, weight, rank), plan.scalar(b, 0))
-        mask = b.op("Add", mask, b.op("Where", unseen, plan.scalar(b, _HIDDEN), plan.scalar(b, 0)))
-        v = b.op("Mul", v, weight)
-    scores = b.op("Add", b.op("MatMul", q, turned(b, k, rank)), mask)
-    weights = b.op("Softmax", scores, axis=-1)
-    mass = b.op("MatMul", weights, weight) if weight is not None else None
-    return Near(str(b.op("MatMul", weights, v)), mass, b.largest(weights))
+        weight = turned(b, weight, rank)
+        unseen = b.op("Equal", weight, plan.scalar(b, 0))
+        mask = str(b.op("Add", mask, b.op("Where", unseen, plan.scalar(b, _HIDDEN), plan.scalar(b, 0))))
+    scores = b.op("MatMul", q, turned(b, k, rank))
+    if plan.scales_scores:
+        scores = b.op("Mul", scores, plan.scalar(b, plan.scale))
+    weights = str(b.op("Softmax", b.op("Add", scores, mask), axis=-1))
+    largest = b.largest(weights)
+    if weight is None:
+        return Weights(weights, None, largest)
+    weights = str(b.op("Mul", weights, weight))
+    return Weights(weights, b.sum(weights, -1), largest)

@@ -22,12 +22,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tiny_decoder import data
 from tiny_decoder.checkpoint import save
-from tiny_decoder.model import Config, Decoder, softmax_attention
+from tiny_decoder.model import AttentionFunction, Config, Decoder, softmax_attention
+from tiny_decoder.softplus import SoftplusAttention
 
-ATTENTION = {"softmax": softmax_attention}
+ATTENTION: dict[str, AttentionFunction] = {
+    "softmax": softmax_attention,
+    "lssa": SoftplusAttention(),
+    "lssar3": SoftplusAttention(power=3),
+    "lssar15": SoftplusAttention(power=15),
+}
 TOKENS = 2048  # of one step
 SHORT = 256  # the length of most windows
-LONG_FROM = 0.75  # of the time; from here on windows fill the context
+LONG_FROM = 0.75  # of the budget; from here on windows fill the context
 WARM_UP = 0.02
 PEAK, FLOOR = 1.5e-3, 5e-5  # learning rates
 VALIDATION_TOKENS = 32 * 1024
@@ -39,7 +45,8 @@ class Training:
     def __init__(self, arguments: argparse.Namespace) -> None:
         torch.manual_seed(arguments.seed)
         self.arguments = arguments
-        self.model = Decoder(Config(), ATTENTION[arguments.attention])
+        attend = ATTENTION[arguments.attention]
+        self.model = Decoder(Config(), torch.compile(attend, dynamic=False) if arguments.compile else attend)
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -50,6 +57,8 @@ class Training:
     @property
     def done(self) -> float:
         """The share of the budget that is spent, from 0 to 1."""
+        if self.arguments.steps is not None:
+            return min(1.0, self.step / self.arguments.steps)
         return min(1.0, self.seconds / (60 * self.arguments.minutes))
 
     def resume(self) -> None:
@@ -109,7 +118,7 @@ class Training:
 
 
 def learning_rate(done: float) -> float:
-    """Linear warm-up, then a cosine from PEAK to FLOOR, by the share of the time that is spent."""
+    """Linear warm-up, then a cosine from PEAK to FLOOR, by the share of the budget that is spent."""
     if done < WARM_UP:
         return PEAK * max(done / WARM_UP, 0.01)
     angle = math.pi * (done - WARM_UP) / (1 - WARM_UP)
@@ -117,12 +126,14 @@ def learning_rate(done: float) -> float:
 
 
 def main() -> None:
-    """Read the arguments, and train until the time is spent."""
+    """Read the arguments, and train until the budget is spent."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the weights")
     parser.add_argument("--minutes", type=float, default=75, help="of training, interruptions not counted")
+    parser.add_argument("--steps", type=int, help="a budget in steps in place of minutes: the same on any machine")
     parser.add_argument("--save-every", type=float, default=3, help="minutes between checkpoints")
     parser.add_argument("--attention", choices=sorted(ATTENTION), default="softmax")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the attention")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -137,7 +148,7 @@ def main() -> None:
 
 
 def run(training: Training, console: Console) -> None:
-    """Train until the time is spent, with a bar and a line at each checkpoint."""
+    """Train until the budget is spent, with a bar and a line at each checkpoint."""
     text, held_out = data.texts()
     console.print(f"{len(text):,} bytes to train on, {len(held_out):,} held out; from step {training.step}")
     columns = (BarColumn(), "{task.percentage:.1f}%", TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), "left")

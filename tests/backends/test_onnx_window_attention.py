@@ -32,9 +32,10 @@ def operands(
 
 
 def sizes(window, sinks):
-    """Decoding, less than a block, whole blocks, odd numbers of them; from nothing to more than the cache keeps."""
+    """Decoding, a block and segments of blocks, whole ones and less; from nothing to more than the cache keeps."""
     cache = window + sinks
-    return [(1, 0), (1, 2), (1, cache), (7, 0), (7, cache), (64, 0), (65, 3), (128, cache), (150, 0), (150, 90)]
+    few = [(1, 0), (1, 2), (1, cache), (7, 0), (7, cache), (64, 0)]
+    return [*few, (65, 3), (128, cache), (150, 0), (150, 90), (256, 0), (257, cache), (590, 90)]
 
 
 def tuple_of(name, dtype=torch.float32):
@@ -146,3 +147,12 @@ def test_through_the_exporter(name, tmp_path):
     for T, past in ((1, 16), (70, 0)):
         other = operands(name, T, past, weight=True, B=3)
         lowered.compare({new: other[old] for new, old in names.items()})
+
+
+@pytest.mark.parametrize("gate", [0.0, 1e-30, 1.0])
+def test_a_closed_gate_leaves_the_linear_part(gate, tmp_path):
+    name = "windowed_linear_attention"
+    lowered = lower(tmp_path, name, operands(name, 9), tuple_of=tuple_of(name), window=16, sinks=0, scale=SCALE)
+    for T in (1, 150):
+        given = operands(name, T, 20)
+        lowered.compare(given | {"gate": torch.full_like(given["gate"], gate)})

@@ -106,6 +106,10 @@ def test_the_interface_keeps_its_names(student, tmp_path):
     assert added == ["past_state.0", "past_state.1"]
     assert [o.name for o in after.output][len(before.output) :] == ["present_state.0", "present_state.1"]
     assert {t.name for t in before.initializer if "proj" in t.name} <= {t.name for t in after.initializer}
+    caches = [o for o in after.output if o.name.startswith("present.")]
+    assert len(caches) == 4
+    for output in caches:
+        assert [d.dim_param for d in output.type.tensor_type.shape.dim][2] == "window_length"
     onnx.checker.check_model(onnx.load(tmp_path / "m.onnx"))
 
 
