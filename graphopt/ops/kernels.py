@@ -1,16 +1,20 @@
 """Faster implementations of the operators on one kind of device, beside the references.
 
 A backend enters its functions with `register`. Tensors on that device then take them, forward and backward, wherever
-they support types and sizes; all others take the reference as before.
+they support types and sizes; all others take the reference as before. An operator that was told to `look_up` enables
+the backend that is named after the device when it first runs there, so nobody has to ask for its kernels.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from graphopt import registry
 
 _Op = torch._library.custom_ops.CustomOpDef
 
@@ -21,8 +25,9 @@ class Kernels:
 
     forward: Callable[..., Any]
     """forward(*inputs) -> what the operator returns."""
-    backward: Callable[..., tuple[Any, ...]]
-    """backward(*output_gradients, *inputs) -> a gradient or None per input; an output gradient may be None."""
+    backward: Callable[..., tuple[Any, ...]] | None
+    """backward(*output_gradients, *inputs) -> a gradient or None per input; an output gradient may be None.
+    None leaves the operator the gradient that it has."""
     supports: Callable[..., bool]
     """supports(*inputs) -> whether both take these types and sizes."""
     constant: tuple[int, ...] = ()
@@ -51,13 +56,42 @@ def register(op: _Op, reference: Callable[..., Any], device: str, kernels: Kerne
     _TABLE[op._qualname, device] = kernels
     if known:
         return
+    _put_in_front(op, reference, device)
+    if kernels.backward is not None:
+        _register_autograd(op)
+
+
+def look_up(op: _Op, reference: Callable[..., Any], device: str) -> None:
+    """Let the first call of `op` on this type of device enable the backend of its name, which may `register` kernels.
+
+    Args:
+        op: an operator of `graphopt.ops`.
+        reference: its plain-torch implementation, which runs where there are none.
+        device: a torch device type, and the name of a backend; there need not be one.
+    """
+    _put_in_front(op, reference, device, lambda: _enable(device))
+
+
+@functools.cache
+def _enable(device: str) -> None:
+    if device in registry.names(registry.BACKENDS):
+        registry.backend(device).enable()
+
+
+def _put_in_front(
+    op: _Op, reference: Callable[..., Any], device: str, prepare: Callable[[], None] | None = None
+) -> None:
+    """Asks the table at each call."""
 
     def forward(*inputs: Any) -> Any:
-        chosen = _TABLE[op._qualname, device]
-        return chosen.forward(*inputs) if chosen.supports(*inputs) else reference(*inputs)
+        if prepare is not None:
+            prepare()
+        chosen = registered(op, device)
+        if chosen is None or not chosen.supports(*inputs):
+            return reference(*inputs)
+        return chosen.forward(*inputs)
 
     op.register_kernel(device)(forward)
-    _register_autograd(op)
 
 
 def _register_autograd(op: _Op) -> None:
@@ -76,7 +110,9 @@ def _register_autograd(op: _Op) -> None:
         kernels = registered(op, inputs[0].device.type)
         # Arguments that were left at their defaults have no entry of their own.
         wanted = [*ctx.needs_input_grad, *[False] * (len(inputs) - len(ctx.needs_input_grad))]
-        if kernels is None or any(wanted[i] for i in kernels.constant) or not kernels.supports(*inputs):
+        if kernels is None or kernels.backward is None or any(wanted[i] for i in kernels.constant):
+            return fallback(ctx, *gradients)
+        if not kernels.supports(*inputs):
             return fallback(ctx, *gradients)
         found = kernels.backward(*gradients, *inputs)
         padded = (*found, *[None] * (len(inputs) - len(found)))

@@ -1,0 +1,39 @@
+"""The `cpu` target: the torch target, with kernels for the softmax operators that numba compiles when they are called.
+
+The kernels need not be asked for: the first call of such an operator on the CPU finds this backend by its name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from graphopt.backends.torch import TorchBackend
+from graphopt.graph import Graph
+
+__all__ = ["CpuBackend"]
+
+
+class CpuBackend(TorchBackend):
+    """Lowers a graph to an nn.Module; on the CPU its softmax operators run on the kernels, if numba is installed."""
+
+    name = "cpu"
+
+    def lower(self, graph: Graph, *, compile: bool = False, **options: Any) -> nn.Module:
+        """As the torch target.
+
+        Args:
+            graph: what to lower.
+            compile: put the computation through torch.compile.
+            options: for torch.compile.
+        """
+        self.enable()
+        return super().lower(graph, compile=compile, **options)
+
+    @staticmethod
+    def enable() -> None:
+        """Let the kernels compute the softmax operators on the CPU; numba is imported when the first of them runs."""
+        from .register import register
+
+        register()
