@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-# These modules enter their lowerings into the table when they are imported.
-from graphopt.backends.onnx import (
-    block_attention,
-    hedgehog_map,
-    kernel_attention,
-    landmark_attention,
-    linear_attention,
-    norm_functions,
-    rows,
-    torch_functions,
-    window_attention,
-    windowed_linear_attention,
-)
 from graphopt.backends.onnx.emit import to_proto
 from graphopt.graph import Graph
 from graphopt.onnxfile import write
 
-_ = (hedgehog_map, kernel_attention, linear_attention, window_attention, windowed_linear_attention)
-__ = (norm_functions, rows, torch_functions, block_attention, landmark_attention)
+# These modules enter their lowerings into the table when they are imported.
+_LOWERINGS = (
+    "block_attention",
+    "group_rational",
+    "hedgehog_map",
+    "kernel_attention",
+    "landmark_attention",
+    "linear_attention",
+    "norm_functions",
+    "rows",
+    "softmax_functions",
+    "softplus_attention",
+    "stablemax",
+    "torch_functions",
+    "window_attention",
+    "windowed_linear_attention",
+)
+for _name in _LOWERINGS:
+    importlib.import_module(f"graphopt.backends.onnx.{_name}")
 
 
 class OnnxBackend:

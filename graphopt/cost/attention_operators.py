@@ -10,6 +10,11 @@ from graphopt.cost.table import Call, elements, flops
 _CHUNK, _FINE_CHUNK = 64, 16
 # Newton steps of the inverse of the landmarks' kernel, two products each.
 _NEWTON = 20
+# Mantissa and exponent of e^x: rounding 2, two multiply-subtracts 4, a polynomial of degree 6 12. Adding two pairs:
+# maximum, two differences, two powers, two products, a sum. Writing: difference, power, two products.
+_TWO_PASS = 18 + 8 + 4
+# Maximum, subtract, exp, sum; then subtract, exp, divide. Rescaling the sum is rare beside them.
+_ONLINE = 7
 
 
 @flops("graphopt::hedgehog_map", contraction=True)
@@ -86,3 +91,31 @@ def landmark_attention(call: Call) -> sympy.Expr:
     kernels = (2 * D + 4) * L * (H * T + K * (S + L))
     products = 2 * L * (K * S * (D + V) + H * T * V + K * L * V)
     return B * (kernels + products + _NEWTON * 4 * K * L**3)
+
+
+@flops("graphopt::two_pass_softmax")
+def two_pass_softmax(call: Call) -> sympy.Expr:
+    """Pairs of mantissa and exponent, their sum, and the quotient."""
+    return _TWO_PASS * elements(call.output())
+
+
+@flops("graphopt::online_softmax")
+def online_softmax(call: Call) -> sympy.Expr:
+    """Two passes with an exponential each."""
+    return _ONLINE * elements(call.output())
+
+
+@flops("graphopt::unified_max_softmax")
+def unified_max_softmax(call: Call) -> sympy.Expr:
+    """As a softmax: the maximum is still looked for, since it guards the constant."""
+    return SOFTMAX * elements(call.output())
+
+
+@flops("graphopt::softplus_attention", contraction=True)
+def softplus_attention(call: Call) -> sympy.Expr:
+    """Directions, scores, softplus and values of all pairs; re-weighting compares, divides and multiplies them."""
+    (B, H, T, D), (_, _, S, V) = call.input(0), call.input(2)
+    power = int(call.attrs.get("power", 0))
+    # Scale, softplus, sum, divide; the multiplications of a power by squares are its bits.
+    weigh = 6 + ((5 + power.bit_length() + power.bit_count()) if power else 0)
+    return B * H * T * S * (2 * D + 2 * V + weigh) + 3 * (elements(call.input(0)) + elements(call.input(1)))

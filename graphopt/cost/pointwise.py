@@ -66,6 +66,7 @@ _PER_RESULT: Mapping[int, str] = {
     5: """
         Softmax Hardmax Gelu com.microsoft::Gelu com.microsoft::QuickGelu aten::softmax aten::_softmax
         aten::silu com.microsoft::SkipSimplifiedLayerNormalization aten::_safe_softmax
+        graphopt::stablemax
     """,
     6: """
         LogSoftmax Mish SwiGLU com.microsoft::BiasGelu aten::log_softmax aten::_log_softmax aten::mish
@@ -118,6 +119,13 @@ for _factor, _kinds in _PER_OPERAND.items():
 def gelu(call: Call) -> sympy.Expr:
     """The exact form has 5 steps, the tanh form 8."""
     return (8 if call.attrs.get("approximate") == "tanh" else 5) * elements(call.output())
+
+
+@flops("graphopt::group_rational")
+def group_rational(call: Call) -> sympy.Expr:
+    """A multiplication and an addition for each power above and below, the magnitude, and the quotient."""
+    powers = call.input(1)[1] - 1 + call.input(2)[1]
+    return (2 * powers + 2) * elements(call.output())
 
 
 @flops("MaxPool", "AveragePool", "LpPool", "aten::max_pool2d", "aten::avg_pool2d", "aten::max_pool1d",
