@@ -1,4 +1,4 @@
-"""The `triton` target: the torch target, with kernels for the operators with a state on NVIDIA and AMD GPUs."""
+"""The `triton` target: the torch target, with kernels for operators of `graphopt.ops` on NVIDIA and AMD GPUs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["TritonBackend"]
 
 
 class TritonBackend(TorchBackend):
-    """Lowers a graph to an nn.Module; on CUDA and HIP devices its linear attention runs on Triton kernels."""
+    """Lowers a graph to an nn.Module; on CUDA and HIP devices operators of `graphopt.ops` run on Triton kernels."""
 
     name = "triton"
 
@@ -34,7 +34,7 @@ class TritonBackend(TorchBackend):
 
 
 def enable(device: str = "cuda") -> None:
-    """Let the kernels compute `linear_attention` and `windowed_linear_attention` on this type of device.
+    """Let the kernels compute those operators that have one on this type of device: see `register.py`.
 
     Raises:
         GraphOptError: triton is not installed.

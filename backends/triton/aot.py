@@ -23,7 +23,15 @@ from triton.compiler import ASTSource
 from graphopt.errors import GraphOptError
 from graphopt.ops.linear_attention import RULES
 
-from . import linear_attention, linear_gradients, windowed_attention, windowed_gradients
+from . import (
+    linear_attention,
+    linear_gradients,
+    softmax,
+    softplus_attention,
+    unified_attention,
+    windowed_attention,
+    windowed_gradients,
+)
 from .launch import INTERPRETED, Launch, recording
 
 # Name -> what Triton calls it, and the suffix of its machine code.
@@ -95,6 +103,20 @@ def _calls(dtype: torch.dtype, K: int, V: int) -> Iterator[Callable[[], object]]
         inputs = (q, k, v, features, key_features, gate, mask, None, 64, sinks, 1.0)
         yield lambda a=inputs: windowed_attention.forward(*a)  # type: ignore[misc]  # mypy infers no lambda with defaults
         yield lambda a=inputs: windowed_gradients.backward(dout, dfinal, *a)  # type: ignore[misc]  # mypy infers no lambda with defaults
+
+    for causal in (True, False):
+        flagged = empty(B, H, T, like=torch.int32) if causal else None
+        yield lambda c=causal, f=flagged: unified_attention.attend(q, k, v, causal=c, flagged=f)  # type: ignore[misc]  # mypy infers no lambda with defaults
+    for mask, power in ((None, 0), (weight, 3)):
+        yield lambda m=mask, p=power: softplus_attention.forward(q, k, v, m, p)  # type: ignore[misc]  # mypy infers no lambda with defaults
+        yield lambda m=mask, p=power: softplus_attention.backward(dout, q, k, v, m, p)  # type: ignore[misc]  # mypy infers no lambda with defaults
+
+    # A row of a vocabulary, which is split, and one of scores, which is not.
+    for N in (100_000, 1024):
+        x = empty(B, N)
+        for form in softmax.FORMS:
+            yield lambda x=x, f=form: softmax.forward(x, form=f)  # type: ignore[misc]  # mypy infers no lambda with defaults
+        yield lambda x=x: softmax.gradient(x, x)  # type: ignore[misc]  # mypy infers no lambda with defaults
 
 
 def _describe(note: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:

@@ -22,6 +22,8 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 CHUNK = 64
 # Rows of the blocks inside a chunk that the forms with sub-blocks work on: the smallest that tl.dot takes.
 BLOCK = 16
+# Rows of the largest tile of queries or keys.
+_LARGEST_TILE = 128
 
 
 @triton.jit
@@ -153,6 +155,11 @@ def recording() -> Iterator[list[Launch]]:
 def padded(size: int) -> int:
     """The power of two, at least 16, that a tile of `size` elements takes."""
     return int(max(BLOCK, triton.next_power_of_2(size)))
+
+
+def tile(rows: int) -> int:
+    """What a kernel that tiles rows is tuned for: from one tile on the choice is the same for every number of rows."""
+    return min(padded(rows), _LARGEST_TILE)
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from graphopt.ops import kernels, linear_attention, windowed_linear_attention
+from graphopt.ops import (
+    kernels,
+    linear_attention,
+    online_softmax,
+    softplus_attention,
+    two_pass_softmax,
+    unified_max_softmax,
+    windowed_linear_attention,
+)
 from graphopt.ops.linear_attention import chunked
+from graphopt.ops.online_softmax import reference as online_reference
+from graphopt.ops.softplus_attention import reference as softplus_reference
+from graphopt.ops.two_pass_softmax import reference as two_pass_reference
+from graphopt.ops.unified_max_softmax import reference as unified_reference
 from graphopt.ops.windowed_linear_attention import reference
 
 from . import linear_attention as linear
+from . import softmax
+from . import softplus_attention as softplus
 from . import windowed_attention as windowed
 from .linear_gradients import backward as linear_backward
 from .windowed_gradients import backward as windowed_backward
@@ -18,7 +34,7 @@ _KEY_WEIGHT = 6
 
 
 def register(device: str) -> None:
-    """Both operators on this type of device, forward and backward."""
+    """All operators that have kernels, on this type of device."""
     kernels.register(
         linear_attention,
         chunked,
@@ -31,6 +47,21 @@ def register(device: str) -> None:
         device,
         kernels.Kernels(windowed.forward, windowed_backward, _supports_windowed, constant=(_KEY_WEIGHT,)),
     )
+    kernels.register(
+        softplus_attention,
+        softplus_reference,
+        device,
+        kernels.Kernels(softplus.forward, softplus.backward, _supports_softplus),
+    )
+    softmaxes = (
+        (two_pass_softmax, two_pass_reference, "two_pass"),
+        (online_softmax, online_reference, "online"),
+        (unified_max_softmax, unified_reference, "unified"),
+    )
+    for operator, plain, form in softmaxes:
+        # Their gradient needs the result alone, and is the same for all: it stays torch's.
+        forward = functools.partial(softmax.forward, form=form)
+        kernels.register(operator, plain, device, kernels.Kernels(forward, None, _supports_softmax))
 
 
 def _supports_linear(
@@ -55,3 +86,18 @@ def _supports_windowed(
     *others: object,
 ) -> bool:
     return windowed.supported(q, k, v, query_features, key_features)
+
+
+def _supports_softplus(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_weight: torch.Tensor | None = None,
+    power: int = 0,
+    *others: object,
+) -> bool:
+    return softplus.supported(q, k, v, power)
+
+
+def _supports_softmax(x: torch.Tensor, *others: object) -> bool:
+    return softmax.supported(x)

@@ -1,39 +1,23 @@
-"""Runs the checks of `interpreted/` in a process of their own: Triton decides when it is imported what interprets."""
+"""The kernels of linear attention in Triton's interpreter."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
-HERE = Path(__file__).resolve().parent
-CHECKS = sorted((HERE / "interpreted").glob("check_*.py"))
+CHECKS = ("dispatch", "linear", "windowed")
 
 
-def run(marked: str) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    # The parent's workers and options are not the child's.
-    for name in [name for name in env if name.startswith("PYTEST_")]:
-        del env[name]
-    if not torch.cuda.is_available():
-        env["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", marked]
-    # Outside the checkout: `python -m` puts the working folder on sys.path.
-    done = subprocess.run([*command, *map(str, CHECKS)], cwd=HERE, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-
-
-def test_kernels() -> None:
-    run("not slow")
+def test_kernels(run_checks: Callable[..., None]) -> None:
+    run_checks(*CHECKS)
 
 
 @pytest.mark.slow
-def test_kernels_in_the_other_combinations() -> None:
-    run("slow")
+def test_kernels_in_the_other_combinations(run_checks: Callable[..., None]) -> None:
+    run_checks(*CHECKS, marked="slow")
 
 
 def test_importing_the_target_does_not_import_triton() -> None:
