@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from graphopt.graph import Graph
     from graphopt.rewrite.context import Context, Replacement
-    from graphopt.rewrite.report import SiteReport
+    from graphopt.rewrite.report import SiteReport, Status
     from graphopt.sites import Findings, Site
 
 
@@ -105,6 +105,18 @@ class SitePass(Pass):
 
     def fit(self, replacements: Sequence[Replacement], context: Context) -> None:
         """Train the replacements, one by one, on what calibration recorded at their sites."""
+
+    def expected(self, replacement: Replacement, index: int) -> Any:
+        """What a replacement is held against on one calibration batch: by default what the original gave."""
+        return replacement.record.output(index)
+
+    def review(self, graph: Graph, replacement: Replacement, context: Context) -> tuple[Status, str]:
+        """What becomes of a replacement that keeps its promise, and what the report says of it.
+
+        A pass may still leave the original, with the reason: it may be faster. Figures of its own go into
+        `replacement.errors`.
+        """
+        return "rewritten", ""
 
     def finish(self, teacher: Graph, student: Graph, replacements: Sequence[Replacement], context: Context) -> Graph:
         """Train the spliced graph as a whole against the original one; the graph that is handed on."""

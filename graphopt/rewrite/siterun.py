@@ -39,12 +39,12 @@ def run(item: SitePass, graph: Graph, context: Context) -> tuple[Graph, Sequence
             "from 10 batches on, one in ten is kept to judge by"
         )
     replacements = _build(item, student, accepted, context)
-    _measure(replacements, context, "before_fit")
+    _measure(item, replacements, context, "before_fit")
     item.fit(replacements, context)
-    _measure(replacements, context, "after_fit")
+    _measure(item, replacements, context, "after_fit")
     kept = []
     for replacement in replacements:
-        report = _judge(item, replacement, context)
+        report = _judge(item, graph, replacement, context)
         reports.append(report)
         if report.status == "rewritten":
             kept.append(replacement)
@@ -59,7 +59,7 @@ def run(item: SitePass, graph: Graph, context: Context) -> tuple[Graph, Sequence
     if any(
         not torch.equal(a, b) for a, b in zip(before, (p for r in kept for p in r.module.parameters()), strict=True)
     ):
-        _measure_again(kept, reports, context)
+        _measure_again(item, kept, reports, context)
     for replacement in kept:
         replacement.module.requires_grad_(False)
     student.lint()
@@ -75,35 +75,39 @@ def _build(item: SitePass, graph: Graph, sites: Sequence[Site], context: Context
     return [Replacement(s, m, r) for s, m, r in zip(sites, modules, records, strict=True)]
 
 
-def _measure(replacements: Sequence[Replacement], context: Context, key: str) -> None:
+def _measure(item: SitePass, replacements: Sequence[Replacement], context: Context, key: str) -> None:
     """Relative RMS error of each replacement on held-out batches: the mean, and under `worst` the largest."""
     for replacement in replacements:
         found: list[float] = []
         with torch.no_grad():
             for i in context.held_out():
                 value = replacement.module(*replacement.record.inputs(i))
-                found.append(difference(replacement.record.output(i), value).rel_rms)
+                found.append(difference(item.expected(replacement, i), value).rel_rms)
         replacement.errors[key] = sum(found) / len(found)
         replacement.errors["worst"] = max(found)
 
 
-def _measure_again(kept: Sequence[Replacement], reports: Sequence[SiteReport], context: Context) -> None:
+def _measure_again(
+    item: SitePass, kept: Sequence[Replacement], reports: Sequence[SiteReport], context: Context
+) -> None:
     """Training through the whole model trades errors between sites: say what each has now."""
-    _measure(kept, context, "after_finish")
+    _measure(item, kept, context, "after_finish")
     errors = {r.site.name: r.errors for r in kept}
     for report in reports:
         if report.status == "rewritten":
             report.errors = dict(errors[report.name])
 
 
-def _judge(item: SitePass, replacement: Replacement, context: Context) -> SiteReport:
+def _judge(item: SitePass, graph: Graph, replacement: Replacement, context: Context) -> SiteReport:
     """Hold the replacement against what the pass promises."""
     index = context.held_out()[0]
-    expected = replacement.record.output(index)
+    expected = item.expected(replacement, index)
     with torch.no_grad():
         found = replacement.module(*replacement.record.inputs(index))
     reason = _miss(item, expected, found, replacement.errors)
-    status: Status = "reverted" if reason else "rewritten"
+    status: Status = "reverted"
+    if not reason:
+        status, reason = item.review(graph, replacement, context)
     return SiteReport(replacement.site.name, replacement.site.kind, status, reason, dict(replacement.errors))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,43 @@ def difference(expected: Any, found: Any) -> Difference:
     scale = float(finite.square().mean().sqrt())
     rms = float(delta.square().mean().sqrt())
     return Difference(float(delta.abs().max()), rms / (scale or 1.0), _cosine(finite, finite - delta), bitwise)
+
+
+def ulps(expected: torch.Tensor, found: torch.Tensor, floor: float | None = None) -> float:
+    """The largest distance in units in the last place of the type of `found`.
+
+    The unit is the spacing of that type at the expected value, which is the more exact of the two and need not be
+    rounded to the type: a correctly rounded value is at most 0.5 away. Values below `floor` count in units of `floor`.
+
+    Args:
+        expected: reference values, best in fp64.
+        found: values of a floating-point type, of the same shape.
+        floor: default is the smallest normal number of the type, whose unit is that of all subnormal numbers.
+
+    Returns:
+        0 for values that are equal (NaN equals NaN); infinite where the shapes differ, or where one side alone is NaN
+        or infinite.
+
+    Raises:
+        GraphOptError: `found` holds integers, booleans or complex numbers.
+    """
+    if not found.is_floating_point():
+        raise GraphOptError(
+            f"expected floating-point values to count ulps of, found {found.dtype}; compare them exactly"
+        )
+    if expected.shape != found.shape:
+        return math.inf
+    kind = torch.finfo(found.dtype)
+    a, b = expected.detach().to(torch.float64), found.detach().to(torch.float64)
+    same = (a == b) | (a.isnan() & b.isnan())
+    if bool(same.all()):
+        return 0.0
+    lowest = kind.smallest_normal if floor is None else max(floor, kind.smallest_normal)
+    # x = m 2^e with m in [0.5, 1): the spacing at x is eps 2^(e - 1).
+    _, exponent = torch.frexp(a.abs().clamp_min(lowest))
+    unit = torch.ldexp(torch.full_like(a, kind.eps), exponent - 1)
+    distance = torch.where(same, 0.0, (a - b).abs() / unit)
+    return math.inf if bool(distance.isnan().any()) else float(distance.max())
 
 
 # As float64 these are 16 GB; an expanded value may claim any size without taking memory.

@@ -146,6 +146,20 @@ def test_padding_does_not_leak(rewritten):
     np.testing.assert_allclose(a[-1, :8], b[-1, :8], rtol=1e-5, atol=1e-6)
 
 
+def test_padding_on_the_left_does_not_leak(rewritten):
+    """Later tokens see the padding before them, also where the mask is put together inside of the site."""
+    kind, _, result, _ = rewritten
+    if kind == "causal":
+        pytest.skip("its mask hides no padding")
+    values = feeds(12)
+    values["mask"][:] = 1
+    values["mask"][:, :4] = 0
+    other = dict(values, x=values["x"].copy())
+    other["x"][:, :4] += 3.0
+    a, b = result.graph.run(values)["y"], result.graph.run(other)["y"]
+    np.testing.assert_allclose(a[:, 4:], b[:, 4:], rtol=1e-5, atol=1e-6)
+
+
 def test_prefix_invariance(rewritten):
     kind, _, result, _ = rewritten
     if "causal" not in kind:

@@ -10,26 +10,24 @@ import torch
 
 from graphopt.errors import GraphOptError
 from graphopt.fit.distill import distill
-from graphopt.fit.finetune import finetune, language_model
 from graphopt.fit.layerwise import fit_layerwise
-from graphopt.fit.lora import Adapters, Targets, layers_around
+from graphopt.fit.lora import Targets
 from graphopt.graph import Graph
+from graphopt.passes.attention.adaptation import Adaptation
 from graphopt.passes.attention.linearize.methods import Method, is_causal_only, make, sees_all_only
 from graphopt.passes.attention.linearize.replacement import LinearReplacement
 from graphopt.passes.attention.linearize.states import carry_states
 from graphopt.passes.attention.linearize.transnormer import BlockSite
+from graphopt.passes.attention.selection import exposure, selected, slice_of
 from graphopt.rewrite import Context, Equivalence, Replacement, SitePass, Tolerance
 from graphopt.rewrite.rows import compute_last_rows_only
-from graphopt.sites import AttentionSite, Findings, MaskKind, Refusal
-from graphopt.sites.vocabulary import name_of
+from graphopt.sites import AttentionSite, Findings, MaskKind
 
 _REFUSED_MASKS = {
     MaskKind.BIAS: "its bias depends on both positions (ALiBi, relative positions), which no feature map can carry",
     MaskKind.SLIDING: "it sees only a sliding window, so it is linear in the length already",
     MaskKind.ARBITRARY: "its mask is neither causal nor one of keys",
 }
-# Enough for a small model to recover; `lora_steps` asks for more.
-_LORA_STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -115,11 +113,10 @@ class Linearize(SitePass):
         for option in ("window", "sinks", "features", "keep_every", "fit_steps", "distill_steps"):
             if getattr(self, option) < 0:
                 raise ValueError(f"expected {option} to be at least 0, got {getattr(self, option)}")
-        if self.lora_steps is not None and self.lora_steps < 0:
-            raise ValueError(f"expected lora_steps to be at least 0, got {self.lora_steps}")
-        for option in ("learning_rate", "distill_rate", "max_error", "lora_rate", "lora_rank", "lora_alpha"):
+        for option in ("learning_rate", "distill_rate", "max_error"):
             if not getattr(self, option) > 0:
                 raise ValueError(f"expected {option} to be above 0, got {getattr(self, option)}")
+        self._adaptation().require_valid()
         if self.branches == "window" and not self.window:
             raise ValueError("expected a window above 0 for branches=window, got 0")
         if self.landmarks < 1 or self.grid < 0 or self.block_layers < 0:
@@ -129,7 +126,7 @@ class Linearize(SitePass):
             )
         if self.block_layers and not self.window:
             raise ValueError("expected a window above 0 for block_layers, got 0")
-        chosen(self.layers)
+        slice_of(self.layers)
 
     def tolerance(self, dtype: torch.dtype) -> Tolerance:
         """A trained site is held against `max_error`."""
@@ -137,21 +134,12 @@ class Linearize(SitePass):
 
     def find(self, graph: Graph) -> Findings:
         """The sites among `layers`; the others count as refused."""
-        found = super().find(graph)
-        kept = {site.name for site in found.sites[chosen(self.layers)]}
-        if self.keep_every:
-            order = [site.name for site in found.sites if site.name in kept]
-            kept -= set(order[self.keep_every - 1 :: self.keep_every])
-        left = [
-            Refusal(site.kind, site.name, f"left as it is by layers={self.layers}, keep_every={self.keep_every}")
-            for site in found.sites
-            if site.name not in kept
-        ]
-        sites = tuple(self._extended(site) for site in found.sites if site.name in kept)
+        found = selected(super().find(graph), self.layers, self.keep_every)
+        sites = tuple(self._extended(site) for site in found.sites)
         if self.method == "transnormer":
             blocks = self.block_layers
             sites = (*(BlockSite.of(site) for site in sites[:blocks]), *sites[blocks:])
-        return Findings(sites, (*found.refusals, *left))
+        return Findings(sites, found.refusals)
 
     def _extended(self, site: AttentionSite) -> AttentionSite:
         """With what the method reads besides; Liger's recurrence takes queries and keys before their rotation."""
@@ -159,9 +147,8 @@ class Linearize(SitePass):
 
     def check(self, site: AttentionSite) -> str | None:
         """Sites whose mask hides keys, later positions, or nothing, and that expose nothing."""
-        if site.exposed:
-            by = _first_user(site)
-            return f"its scores or weights are used outside (by {by}), so replacing it would save nothing"
+        if reason := exposure(site):
+            return reason
         if site.mask.kind in _REFUSED_MASKS:
             return f"{_REFUSED_MASKS[site.mask.kind]} ({site.mask.reason})"
         if not (site.query_heads and site.kv_heads and site.head_dim):
@@ -200,37 +187,17 @@ class Linearize(SitePass):
         if self.train == "full" and context.fit_steps != 0:
             parameters = [p for r in replacements for p in r.module.parameters()]
             distill(teacher, student, parameters, self.distill_steps, self.distill_rate, context)
-            self._adapt(teacher, student, replacements, parameters, context)
+            trained = parameters if self.train_maps else ()
+            self._adaptation().run(teacher, student, replacements, trained, context)
         return carry_states(student, replacements, self._kept(), self.sinks, context)
 
     def _kept(self) -> int:
         """How many of the last positions a cache keeps."""
         return 0 if self.method in ("hedgehog", "transnormer") or self.branches == "linear" else self.window
 
-    def _adapt(
-        self,
-        teacher: Graph,
-        student: Graph,
-        replacements: Sequence[Replacement],
-        parameters: Sequence[torch.nn.Parameter],
-        context: Context,
-    ) -> None:
-        steps = self.lora_steps
-        if steps is None:
-            steps = _LORA_STEPS if language_model(teacher) else 0
-        if not steps:
-            return
-        layers = layers_around(student, [r.site.name for r in replacements], self.lora_targets)
-        adapters = Adapters(student, layers, self.lora_rank, self.lora_alpha, context.seed)
-        finetune(
-            teacher,
-            student,
-            adapters,
-            parameters if self.train_maps else (),
-            steps=steps,
-            learning_rate=self.lora_rate,
-            objective=self.objective,
-            context=context,
+    def _adaptation(self) -> Adaptation:
+        return Adaptation(
+            self.lora_steps, self.lora_rate, self.lora_rank, self.lora_alpha, self.lora_targets, self.objective
         )
 
     def _require_length(self, replacements: Sequence[Replacement]) -> None:
@@ -249,24 +216,3 @@ class Linearize(SitePass):
 def _loss(module: torch.nn.Module, inputs: tuple[Any, ...], expected: torch.Tensor) -> torch.Tensor:
     assert isinstance(module, LinearReplacement)
     return module.loss(inputs, expected)
-
-
-def chosen(text: str) -> slice:
-    """`2:`, `:-1`, `1:8:2` as a slice.
-
-    Raises:
-        ValueError: it is none.
-    """
-    parts = text.split(":")
-    try:
-        numbers = [int(p) if p.strip() else None for p in parts]
-    except ValueError:
-        numbers = []
-    if not 2 <= len(numbers) <= 3 or (len(numbers) == 3 and numbers[2] == 0):
-        raise ValueError(f"expected layers to be a slice such as 2: or :-1, got {text!r}")
-    return slice(*numbers)
-
-
-def _first_user(site: AttentionSite) -> str:
-    users = [u for n in site.exposed for u in n.users if u not in site.nodes]
-    return "an output of the model" if users[0].op == "output" else name_of(users[0])

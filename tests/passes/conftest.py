@@ -12,7 +12,7 @@ import torch
 import graphopt
 from graphopt.graph import Graph
 
-SAMPLES = Path(__file__).resolve().parents[3] / "samples"
+SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 VOCABULARY, LAYERS = 40, 2
 
 
