@@ -7,9 +7,9 @@ import pkgutil
 import sys
 from pathlib import Path
 
-_HELPERS = {"common", "table", "decoder_tables", "__main__"}
-# Runs on request only: a million executions take a quarter of an hour.
-_LONG = {"fuzz"}
+_HELPERS = {"common", "table", "decoder_tables", "softmax_tables", "__main__"}
+# Run on request only: a million executions take a quarter of an hour, training decoders from scratch two hours.
+_LONG = {"fuzz", "length_extrapolation"}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decoder_tables
+from benchmarks import decoder_tables, softmax_tables
 from benchmarks.common import RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -212,6 +212,8 @@ _SECTIONS: dict[str, Callable[[_Result], list[str]]] = {
     "windowed_latency": _windowed,
     "linearize_quality": lambda result: decoder_tables.perplexity(result, _table),
     "decoding": lambda result: decoder_tables.decoding(result, _table),
+    "softmax_cpu": lambda result: softmax_tables.softmax(result, _table),
+    "length_extrapolation": lambda result: softmax_tables.length(result, _table),
     "llama_memory": lambda result: decoder_tables.memory(result, _table),
     "large_model": _large,
     "attention_recognition": _recognition,

@@ -1,0 +1,159 @@
+"""Perplexity at 1 to 16 times the context of training: softmax, LSSA and LSSAR, trained from scratch and converted.
+
+The same bytes of held-out text in windows of each length, so that only the length differs. What is trained from scratch
+comes from samples/tiny_decoder/train.py with as many steps, the same schedule and the same data as the softmax decoder
+of that folder; one that is not in the cache yet is trained first, which takes over an hour and continues where it was
+when interrupted. Finished rows are kept in results/length_extrapolation.json.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import graphopt
+from benchmarks.common import RESULTS, show, store
+from graphopt.decoders.perplexity import Score, cross_entropy
+from graphopt.ops import softplus_attention
+
+SAMPLES = Path(__file__).resolve().parents[1] / "samples"
+CONTEXT = 1024
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+TEXTS = 2
+"""Pieces of held-out text, each as long as the longest window."""
+STEPS = 6476
+"""Of the decoder in samples/tiny_decoder."""
+POWERS = {"lssa": 0, "lssar3": 3, "lssar15": 15}
+_FIT = "lora_steps=40"
+_Logits = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One decoder: its attention, and where its weights come from."""
+
+    attention: str
+    source: str
+    """`trained` from scratch; `converted` from the softmax decoder, with the pass's fit; `swapped`, without."""
+
+    @property
+    def key(self) -> str:
+        """Unique within the results."""
+        return f"{self.attention}, {self.source}"
+
+
+ROWS = (
+    Row("softmax", "trained"),
+    Row("lssar15", "trained"),
+    Row("lssa", "trained"),
+    Row("lssar15", "converted"),
+    Row("lssa", "converted"),
+    Row("lssar3", "converted"),
+    Row("lssar15", "swapped"),
+)
+
+
+def _sample(name: str) -> Any:
+    if str(SAMPLES) not in sys.path:
+        sys.path.append(str(SAMPLES))
+    return importlib.import_module(f"tiny_decoder.{name}")
+
+
+def texts() -> np.ndarray[Any, Any]:
+    """Held-out bytes [TEXTS, 16 CONTEXT], at even distances."""
+    data = _sample("data")
+    return np.asarray(data.windows(data.texts()[1], LENGTHS[-1], TEXTS)[:, : LENGTHS[-1]])
+
+
+def trained(attention: str, folder: Path) -> _Logits:
+    """A decoder that was trained with this attention; trains what is not there."""
+    checkpoint = _sample("checkpoint")
+    if attention == "softmax":
+        return _run(checkpoint.load_tiny())
+    done = folder / attention / "done"
+    if not done.exists():
+        command = [sys.executable, str(SAMPLES / "tiny_decoder" / "train.py"), "--out", str(done.parent)]
+        print(f"training {attention}: {STEPS:,} steps, more than an hour on one core", flush=True)
+        subprocess.run([*command, f"--steps={STEPS}", "--bf16", "--compile", f"--attention={attention}"], check=True)
+        done.touch()
+    decoder = checkpoint.load(done.parent)
+    for layer in decoder.layers:
+        layer.self_attn.attend = partial(_attend, POWERS[attention])
+    return _run(decoder)
+
+
+def _run(decoder: torch.nn.Module) -> _Logits:
+    def logits(ids: Any) -> Any:
+        with torch.no_grad():
+            return decoder(torch.as_tensor(ids)).numpy()
+
+    return logits
+
+
+def _attend(power: int, q: Any, k: Any, v: Any, mask: Any) -> Any:
+    return softplus_attention(q, k, v, None, power, True)
+
+
+def converted(row: Row, folder: Path) -> Any:
+    """The softmax decoder after the pass `softplus`."""
+    export, data = _sample("export"), _sample("data")
+    path = folder / "softmax" / "decoder.onnx"
+    if not path.exists():
+        export.export(_sample("checkpoint").load_tiny(), path.parent)
+    windows = data.windows(data.texts()[0], CONTEXT, 64)[:, :CONTEXT]
+    fit = _FIT if row.source == "converted" else "train=none"
+    graph = graphopt.load(path)
+    batches = [(part,) for part in windows.split(2)]
+    return graph.apply(f"softplus{{reweight={POWERS[row.attention]},{fit}}}", calibration=batches).graph
+
+
+def curve(score: Score) -> list[float]:
+    """Mean nats of each stretch of CONTEXT positions: a loss that grows with the distance shows here."""
+    return [float(np.nanmean(part)) for part in np.array_split(score.per_position, len(score.per_position) // 1000)]
+
+
+def measure(row: Row, folder: Path) -> dict[str, Any]:
+    """Nats per byte at each length."""
+    start = time.perf_counter()
+    model = trained(row.attention, folder) if row.source == "trained" else converted(row, folder)
+    made = time.perf_counter() - start
+    held, found = texts(), {}
+    for length in LENGTHS:
+        score = cross_entropy(model, held.reshape(-1, length))
+        found[length] = {"nats": score.nats, "perplexity": score.perplexity, "curve": curve(score)}
+        print(f"{row.key}, {length}: {score.nats:.4f} nats", flush=True)
+    return {"attention": row.attention, "source": row.source, "seconds_to_make": made, "lengths": found}
+
+
+def run() -> None:
+    """Measure what is missing, and store after each decoder."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    base = Path(os.environ.get("GRAPHOPT_BENCHMARK_CACHE", tempfile.gettempdir()))
+    folder = base / "graphopt-length-extrapolation"
+    path = RESULTS / "length_extrapolation.json"
+    kept: dict[str, Any] = json.loads(path.read_text())["rows"] if path.exists() else {}
+    for row in ROWS:
+        if row.key not in kept:
+            kept[row.key] = measure(row, folder)
+            store("length_extrapolation", {"context": CONTEXT, "bytes": TEXTS * LENGTHS[-1], "rows": kept})
+    kept = json.loads(path.read_text())["rows"]
+    columns = ["attention", "weights", *(f"{length // CONTEXT}x" for length in LENGTHS), "16x / 1x"]
+    shown = []
+    for found in kept.values():
+        nats = [found["lengths"][str(length)]["nats"] for length in LENGTHS]
+        shown.append([found["attention"], found["source"], *map(math.exp, nats), math.exp(nats[-1] - nats[0])])
+    show("Perplexity per byte by length of the window", columns, shown)

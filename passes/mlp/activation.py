@@ -1,0 +1,67 @@
+"""The activation inside an MLP as a site of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from graphopt.graph import Graph
+from graphopt.sites import Findings, MlpSite, Refusal, Site, find
+from graphopt.sites.regions import Scope
+from graphopt.sites.vocabulary import name_of
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationSite(Site):
+    """A pointwise function of one value [.., C], between the linear layers of an MLP.
+
+    Attributes:
+        function: its name, as `graphopt.sites.mlp.activation` takes it.
+        channels: C.
+        bias: what the activation's own operator adds first [C], None where it adds nothing.
+        mlp: the MLP around it.
+    """
+
+    kind = "mlp"
+    function: str = field(kw_only=True)
+    channels: int = field(kw_only=True)
+    bias: torch.Tensor | None = field(default=None, kw_only=True)
+    mlp: MlpSite = field(kw_only=True)
+
+
+def activations(graph: Graph) -> Findings:
+    """The activations of all MLPs of `graph`, under the names of these MLPs, and what was refused."""
+    found = find(graph, "mlp")
+    scope = Scope(graph)
+    sites, refusals = [], list(found.refusals)
+    for mlp in found.sites:
+        site = _site(scope, mlp)
+        if site is None:
+            reason = "its activation reads more than one value"
+            refusals.append(Refusal("mlp", name_of(mlp.anchor), reason))
+        else:
+            sites.append(site)
+    return Findings(tuple(sites), tuple(refusals))
+
+
+def _site(scope: Scope, mlp: MlpSite) -> ActivationSite | None:
+    layer = mlp.gate if mlp.gate is not None else mlp.up
+    nodes = mlp.activation_nodes
+    members = set(nodes)
+    operands = {operand for node in nodes for operand in node.all_input_nodes} - members
+    entries = [operand for operand in operands if operand not in scope.constants]
+    if len(entries) != 1:
+        return None
+    added = layer.bias is not None and layer.bias in operands
+    bias = scope.value(layer.bias) if added and layer.bias is not None else None
+    return ActivationSite(
+        mlp.name,
+        mlp.anchor,
+        nodes,
+        (entries[0],),
+        function=mlp.activation,
+        channels=layer.out_features,
+        bias=bias,
+        mlp=mlp,
+    )
