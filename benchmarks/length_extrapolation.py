@@ -99,7 +99,7 @@ def trained(attention: str, folder: Path) -> _Logits:
 def _run(decoder: torch.nn.Module) -> _Logits:
     def logits(ids: Any) -> Any:
         with torch.no_grad():
-            return decoder(torch.as_tensor(ids)).numpy()
+            return decoder(torch.as_tensor(ids))
 
     return logits
 

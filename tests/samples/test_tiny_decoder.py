@@ -19,7 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "samples"))
 
 from tiny_decoder import checkpoint, data, export, train
 from tiny_decoder.model import CachedDecoder, Config, Decoder
+from tiny_decoder.softplus import SoftplusAttention
 from tiny_decoder.tokenizer import BOS, Tokenizer
+
+from graphopt.ops import softplus_attention
 
 SMALL = Config(vocab=50, dim=32, layers=2, heads=4, kv_heads=2, hidden=48, context=64)
 # Sums of fp32 products in another order, over logits of up to about 20.
@@ -244,7 +247,9 @@ def small_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.
     monkeypatch.setattr(train, "TOKENS", 64)
     monkeypatch.setattr(train, "SHORT", 32)
     monkeypatch.setattr(train, "VALIDATION_TOKENS", 256)
-    return argparse.Namespace(out=tmp_path, minutes=0.02, save_every=0.005, attention="softmax", bf16=False, seed=0)
+    return argparse.Namespace(
+        out=tmp_path, minutes=0.02, steps=None, save_every=0.005, attention="softmax", compile=False, bf16=False, seed=0
+    )
 
 
 def test_a_resumed_training_goes_on_as_if_nothing_had_happened(small_training: argparse.Namespace) -> None:
@@ -382,3 +387,34 @@ def test_the_tokenizer_gives_texts_back(stories: Path) -> None:
     # " the" is a piece of its own; 日 is none, and becomes its bytes, after the three special tokens.
     assert [tokenizer.pieces[token] for token in tokenizer.encode("the")[1:]] == [b" the"]
     assert tokenizer.encode("日")[-3:] == [3 + 0xE6, 3 + 0x97, 3 + 0xA5]
+
+
+@pytest.mark.parametrize("power", [None, 3, 15])
+def test_softplus_attention_is_that_of_the_operator(power):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 70, 16, generator=generator) for _ in range(3))
+    found = SoftplusAttention(power)(q, k, v, None)
+    expected = softplus_attention(q.double(), k.double(), v.double(), None, power or 0, True)
+    # Sums of fp32 in another order; a 15th power makes 15 times as much of a relative error.
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_softplus_attention_counts_no_padding():
+    q = torch.randn(1, 1, 3, 4)
+    with pytest.raises(ValueError, match="found a mask"):
+        SoftplusAttention()(q, q, q, torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("attention", ["lssa", "lssar15"])
+def test_training_with_softplus_attention(attention, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "Config", lambda: dataclasses.replace(SMALL, vocab=256))
+    monkeypatch.setattr(train, "TOKENS", 256)
+    monkeypatch.setattr(train, "SHORT", 32)
+    arguments = argparse.Namespace(
+        out=tmp_path, minutes=1, steps=60, save_every=3, attention=attention, compile=False, bf16=False, seed=0
+    )
+    training = train.Training(arguments)
+    text = data.texts()[0]
+    losses = [training.advance(text) for _ in range(60)]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
+    assert training.done == 1
