@@ -39,6 +39,7 @@ STEPS = 6476
 """Of the decoder in samples/tiny_decoder."""
 POWERS = {"lssa": 0, "lssar3": 3, "lssar15": 15}
 _FIT = "lora_steps=40"
+_BLOCK = 256
 _Logits = Callable[[Any], Any]
 
 
@@ -79,21 +80,35 @@ def texts() -> np.ndarray[Any, Any]:
     return np.asarray(data.windows(data.texts()[1], LENGTHS[-1], TEXTS)[:, : LENGTHS[-1]])
 
 
-def trained(attention: str, folder: Path) -> _Logits:
-    """A decoder that was trained with this attention; trains what is not there."""
+def trained(attention: str, folder: Path, near: bool = False) -> _Logits:
+    """A decoder that was trained with this attention; trains what is not there.
+
+    Args:
+        attention: which one.
+        folder: where the trained decoders lie.
+        near: let no query see keys further away than CONTEXT, as in training.
+    """
     checkpoint = _sample("checkpoint")
+    attend = _softmax if attention == "softmax" else partial(_attend, POWERS[attention])
+    return _run(_with(_near(attend) if near else attend, _weights(attention, folder, checkpoint)))
+
+
+def _weights(attention: str, folder: Path, checkpoint: Any) -> Any:
     if attention == "softmax":
-        return _run(checkpoint.load_tiny())
+        return checkpoint.load_tiny()
     done = folder / attention / "done"
     if not done.exists():
         command = [sys.executable, str(SAMPLES / "tiny_decoder" / "train.py"), "--out", str(done.parent)]
         print(f"training {attention}: {STEPS:,} steps, more than an hour on one core", flush=True)
         subprocess.run([*command, f"--steps={STEPS}", "--bf16", "--compile", f"--attention={attention}"], check=True)
         done.touch()
-    decoder = checkpoint.load(done.parent)
+    return checkpoint.load(done.parent)
+
+
+def _with(attend: Callable[..., Any], decoder: Any) -> Any:
     for layer in decoder.layers:
-        layer.self_attn.attend = partial(_attend, POWERS[attention])
-    return _run(decoder)
+        layer.self_attn.attend = attend
+    return decoder
 
 
 def _run(decoder: torch.nn.Module) -> _Logits:
@@ -106,6 +121,27 @@ def _run(decoder: torch.nn.Module) -> _Logits:
 
 def _attend(power: int, q: Any, k: Any, v: Any, mask: Any) -> Any:
     return softplus_attention(q, k, v, None, power, True)
+
+
+def _softmax(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    queries, keys = q.shape[2], k.shape[2]
+    if queries == keys:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+
+
+def _near(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """The same attention to the last 769 to CONTEXT keys: blocks of queries with what stands before them as a cache."""
+
+    def run(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        parts = []
+        for end in range(_BLOCK, q.shape[2] + _BLOCK, _BLOCK):
+            seen = slice(max(0, end - CONTEXT), end)
+            parts.append(attend(q[:, :, end - _BLOCK : end], k[:, :, seen], v[:, :, seen], None))
+        return torch.cat(parts, 2)
+
+    return run
 
 
 def converted(row: Row, folder: Path) -> Any:
@@ -136,7 +172,11 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
         score = cross_entropy(model, held.reshape(-1, length))
         found[length] = {"nats": score.nats, "perplexity": score.perplexity, "curve": curve(score)}
         print(f"{row.key}, {length}: {score.nats:.4f} nats", flush=True)
-    return {"attention": row.attention, "source": row.source, "seconds_to_make": made, "lengths": found}
+    result = {"attention": row.attention, "source": row.source, "seconds_to_make": made, "lengths": found}
+    if row.source == "trained":
+        score = cross_entropy(trained(row.attention, folder, near=True), held)
+        result["near"] = {"nats": score.nats, "perplexity": score.perplexity, "curve": curve(score)}
+    return result
 
 
 def run() -> None:

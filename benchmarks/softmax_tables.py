@@ -59,8 +59,10 @@ def length(result: _Result, table: Table) -> list[str]:
         nats = [row["lengths"][str(name)]["nats"] for name in lengths]
         shown = [f"{math.exp(x):.3f}" for x in nats]
         rows.append([row["attention"], row["source"], *shown, f"{math.exp(nats[-1] - nats[0]):.3f}"])
-        curve = row["lengths"][str(lengths[-1])]["curve"]
-        curves.append([row["attention"], row["source"], *(f"{curve[i]:.3f}" for i in _SHOWN)])
+        curves.append([row["attention"], row["source"], *_curve(row["lengths"][str(lengths[-1])])])
+        if "near" in row:
+            near = row["attention"], f"{row['source']}, the last {context:,} keys"
+            curves.append([*near, *_curve(row["near"])])
     return [
         "## Length extrapolation",
         f"Perplexity per byte of the tiny decoder on the same {result['bytes']:,} held-out bytes, in windows of 1 to\n"
@@ -68,9 +70,14 @@ def length(result: _Result, table: Table) -> list[str]:
         "schedule of the softmax decoder; *converted*: from that decoder, with 40 steps of low-rank adapters at 1,024\n"
         "bytes; *swapped*: without.",
         table(("attention", "weights", *times, "16x / 1x"), rows),
-        f"Nats per byte of stretches of {context:,} positions in the longest window:",
+        f"Nats per byte of stretches of {context:,} positions in the longest window. *The last {context:,} keys*: no\n"
+        "query sees keys at distances that training did not have.",
         table(("attention", "weights", *(f"{i + 1}." for i in _SHOWN)), curves),
     ]
+
+
+def _curve(found: _Result) -> list[str]:
+    return [f"{found['curve'][i]:.3f}" for i in _SHOWN]
 
 
 _SHOWN = (0, 1, 2, 3, 7, 11, 15)
