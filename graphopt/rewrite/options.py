@@ -161,7 +161,8 @@ _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, 
 def _one(hint: Any, text: str) -> Any:
     """`text` as a value of one plain type; ValueError where it is none."""
     if get_origin(hint) is Literal:
-        return next(iter(v for v in get_args(hint) if str(v) == text), None) or _fail()
+        found = [value for value in get_args(hint) if str(value) == text]
+        return found[0] if found else _fail()
     if get_origin(hint) is tuple:
         inner = text.removeprefix("[").removesuffix("]")
         return tuple(_one(get_args(hint)[0], part.strip()) for part in inner.split(",") if part.strip())

@@ -1,5 +1,7 @@
 """A pass as text: what is typed is what is built, and every slip is named."""
 
+from typing import Literal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from graphopt import GraphOptError
 from graphopt.passes.attention.linearize import Linearize
 from graphopt.rewrite import describe, parse
-from graphopt.rewrite.options import parse_all, read_pipeline, spell
+from graphopt.rewrite.options import _one, parse_all, read_pipeline, spell
 
 
 def test_defaults_and_values():
@@ -37,6 +39,13 @@ def test_slips(text, match):
     with pytest.raises(GraphOptError, match=match) as caught:
         parse(text)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("choice", [0, 3, "none"])
+def test_a_choice_may_be_a_number_and_zero(choice):
+    assert _one(Literal[0, 3, "none"], str(choice)) == choice
+    with pytest.raises(ValueError):
+        _one(Literal[0, 3, "none"], "7")
 
 
 @given(
