@@ -111,6 +111,21 @@ def with_ones(b: Builder, v: str, wide: torch.dtype) -> str:
     return str(b.op("Concat", v, b.op("Expand", b.number(1, wide), first), axis=3))
 
 
+def running_sum(b: Builder, added: str, first: str | None) -> tuple[str, str]:
+    """The sum over all earlier blocks of `added` [B, Hkv, G, N, F, V], and that behind the last one [B, Hkv, G, F, V].
+
+    Args:
+        b: where the nodes go.
+        added: what each block adds.
+        first: the sum before the first block [B, Hkv, G, 1, F, V]; None is zero.
+    """
+    before = b.op("CumSum", added, b.number(3), exclusive=1)
+    if first is not None:
+        before = b.op("Add", before, first)
+    last = b.op("Add", *(b.op("Gather", x, b.number(-1), axis=3) for x in (before, added)))
+    return str(before), str(last)
+
+
 def turned(b: Builder, value: str, rank: int) -> str:
     """The last two axes exchanged; runtimes join this with the product that it is for."""
     return str(b.op("Transpose", value, perm=[*range(rank - 2), rank - 1, rank - 2]))

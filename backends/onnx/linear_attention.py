@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.backends.onnx.attention_parts import BLOCK, blocks_of, number_of, operands, turned
+from graphopt.backends.onnx.attention_parts import BLOCK, blocks_of, number_of, operands, running_sum, turned
 from graphopt.backends.onnx.builder import Builder, need
 from graphopt.backends.onnx.table import Call, lowers
 
@@ -83,13 +83,12 @@ def _additive(b: Builder, q: str, k: str, v: str, causal: str, state: str | None
     """
     weights = b.op("Mul", b.op("MatMul", q, turned(b, k, 6)), causal)
     added = b.op("MatMul", turned(b, k, 6), v)
-    before = b.op("CumSum", added, b.number(3), exclusive=1)
     shape = b.op("Shape", added)
     if state is not None:
         first = b.op("Concat", b.slice(shape, 0, 0, 3), b.ints(1), b.slice(shape, 0, 4, 6), axis=0)
-        before = b.op("Add", before, b.op("Reshape", state, first))
+        state = str(b.op("Reshape", state, first))
+    before, last = running_sum(b, str(added), state)
     out = b.op("Add", b.op("MatMul", weights, v), b.op("MatMul", q, before))
-    last = b.op("Add", *(b.op("Gather", x, b.number(-1), axis=3) for x in (before, added)))
     joined = b.op("Concat", b.slice(shape, 0, 0, 1), b.ints(-1), b.slice(shape, 0, 4, 6), axis=0)
     return str(out), str(b.op("Reshape", last, joined))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.backends.onnx.attention_parts import BLOCK, blocks_of, counted, operands, turned, with_ones
+from graphopt.backends.onnx.attention_parts import BLOCK, blocks_of, counted, operands, running_sum, turned, with_ones
 from graphopt.backends.onnx.builder import Builder, need
 from graphopt.backends.onnx.table import Call, lowers
 from graphopt.backends.onnx.window_attention import (
@@ -149,14 +149,14 @@ class Hybrid:
         early = self._split(b, state, 3)
         added = b.op("MatMul", turned(b, keys, 6), v), turned(b, b.sum(keys, 4), 6)
         values, ones = (self._running(b, str(one), first) for one, first in zip(added, early, strict=True))
-        out = b.op("Add", b.op("MatMul", weights, v), b.op("MatMul", queries, values.before))
+        out = b.op("Add", b.op("MatMul", weights, v), b.op("MatMul", queries, values[0]))
         if near is not None:
             seen = b.slice(taken, 1, BLOCK, BLOCK + plan.window + plan.sinks) if plan.window else taken
             out = b.op("Add", out, b.op("MatMul", rest, blocks_of(b, x["v"], seen, (heads[0], 1))))
-        total = b.op("Add", total, b.op("MatMul", queries, ones.before))
+        total = b.op("Add", total, b.op("MatMul", queries, ones[0]))
         out = b.op("Div", out, b.op("Max", total, plan.scalar(b, TINY)))
         joined = b.op("Reshape", out, b.ints(0, heads[0] * heads[1], -1, plan.widths[1]))
-        return [self._ungrouped(b, str(b.op("Concat", values.last, ones.last, axis=-1))), str(joined)]
+        return [self._ungrouped(b, str(b.op("Concat", values[1], ones[1], axis=-1))), str(joined)]
 
     def _behind(self, b: Builder, x: dict[str, str], span: Span, start: str) -> tuple[str, str]:
         """Blocks of keys from `start` [N, 1] on: their places [N, C], and features times what each key counts.
@@ -173,12 +173,10 @@ class Hybrid:
             counts = b.unsqueeze(str(counts), 1)
         return taken, str(b.op("Mul", blocks_of(b, x["key_features"], taken, (self.plan.heads[0], self.own)), counts))
 
-    def _running(self, b: Builder, added: str, early: str) -> Running:
-        """Sums [B, Hkv, G, N, F, V] over all earlier blocks and `early` [B, Hkv G, F, V]."""
+    def _running(self, b: Builder, added: str, early: str) -> tuple[str, str]:
+        """See `running_sum`; `early` [B, Hkv G, F, V]."""
         first = b.op("Reshape", early, b.ints(0, self.plan.heads[0], self.own, 1, self.features, -1))
-        before = b.op("Add", b.op("CumSum", added, b.number(3), exclusive=1), first)
-        last = b.op("Add", *(b.op("Gather", x, b.number(-1), axis=3) for x in (before, added)))
-        return Running(str(before), str(last))
+        return running_sum(b, added, str(first))
 
     def _early(self, b: Builder, x: dict[str, str], shift: str) -> str:
         """The state before the first query's: keys that no query has in its window, where the cache holds any."""
@@ -222,14 +220,6 @@ class Hybrid:
         exact = b.op("Mul", near.product, b.op("Div", gate, total))
         out = b.op("Add", exact, b.op("Mul", out, b.op("Div", near.largest, total)))
         return plan.merged(b, out, span.queries)
-
-
-@dataclass(frozen=True)
-class Running:
-    """A sum before each block, and behind the last one."""
-
-    before: str
-    last: str
 
 
 def _triangle(plan: Plan) -> torch.Tensor:

@@ -100,9 +100,9 @@ class Rational(SitePass):
         for replacement in context.track(replacements, len(replacements), "Fitting rational functions"):
             module = replacement.module
             assert isinstance(module, RationalActivation)
-            low, high = _seen(replacement, module, context)
+            low, high = _seen(replacement, module)
             module.set_functions([module.fitted(a, b) for a, b in zip(low, high, strict=True)])
-            replacement.errors["max_error"] = _largest_error(replacement, context)
+            replacement.errors["max_error"] = _largest_error(replacement)
             replacement.errors["low"], replacement.errors["high"] = min(low), max(high)
 
     def review(self, graph: Graph, replacement: Replacement, context: Context) -> tuple[Status, str]:
@@ -210,7 +210,7 @@ def _fitted(
     return fit_rational(exact, -reach, reach, degrees, denominator)
 
 
-def _seen(replacement: Replacement, module: RationalActivation, context: Context) -> tuple[list[float], list[float]]:
+def _seen(replacement: Replacement, module: RationalActivation) -> tuple[list[float], list[float]]:
     """Smallest and largest input of each group on the calibration data."""
     low, high = [math.inf] * module.groups, [-math.inf] * module.groups
     for i in range(len(replacement.record)):
@@ -224,7 +224,7 @@ def _seen(replacement: Replacement, module: RationalActivation, context: Context
     return low, high
 
 
-def _largest_error(replacement: Replacement, context: Context) -> float:
+def _largest_error(replacement: Replacement) -> float:
     record, worst = replacement.record, 0.0
     with torch.no_grad():
         for i in range(len(record)):

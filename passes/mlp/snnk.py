@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -74,9 +74,11 @@ class Snnk(SitePass):
             module = replacement.module
             assert isinstance(module, RandomFeatures)
             batches = context.training()
-            module.standardise([_tokens(replacement.record.inputs(i)[0]) for i in batches])
-            pairs = [(replacement.record.inputs(i)[0], replacement.record.output(i)) for i in batches]
-            module.solve([(_tokens(x), _tokens(y)) for x, y in pairs], self.ridge)
+            record = replacement.record
+            # One batch at a time: what was recorded may not fit into memory.
+            module.standardise(_tokens(record.inputs(i)[0]) for i in batches)
+            pairs = ((_tokens(record.inputs(i)[0]), _tokens(record.output(i))) for i in batches)
+            module.solve(pairs, self.ridge)
 
     def review(self, graph: Graph, replacement: Replacement, context: Context) -> tuple[Status, str]:
         """Say what was saved."""
@@ -121,16 +123,21 @@ class RandomFeatures(torch.nn.Module):
         return y.to(x.dtype)
 
     @torch.no_grad()
-    def standardise(self, batches: Sequence[torch.Tensor]) -> None:
-        """Scale each direction so that its product with the inputs [N, d_in] has deviation 1, and centre it."""
-        x = torch.cat(list(batches))
-        products = x @ self.directions
-        deviation = products.std(0).clamp(min=1e-6)
-        self.offsets -= products.mean(0) / deviation
+    def standardise(self, batches: Iterable[torch.Tensor]) -> None:
+        """Give each direction a product with the inputs [N, d_in] of deviation 1, and centre it; the inputs in parts."""
+        count, total, squares = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        for x in batches:
+            products = (x @ self.directions).double()
+            count += len(products)
+            total, squares = total + products.sum(0), squares + products.square().sum(0)
+        mean = total / count
+        variance = (squares - count * mean.square()) / max(1, count - 1)
+        deviation = variance.clamp(min=0).sqrt().float().clamp(min=1e-6)
+        self.offsets -= mean.float() / deviation
         self.directions /= deviation
 
     @torch.no_grad()
-    def solve(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], ridge: float) -> None:
+    def solve(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], ridge: float) -> None:
         """The coefficients that minimise the squared error over x [N, d_in], y [N, d_out] in parts; fp64 sums."""
         size = self.coefficients.shape[0] + (0 if self.skip is None else self.skip.shape[0]) + 1
         gram = torch.zeros(size, size, dtype=torch.float64)
