@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,16 @@ from graphopt.rewrite.report import environment
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("onnxscript", "onnxslim", "transformers")
+SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Real models and texts; benchmarks that need them say so where they are absent."""
+
+
+def tiny_decoder(name: str) -> Any:
+    """A module of samples/tiny_decoder."""
+    if str(SAMPLES) not in sys.path:
+        sys.path.append(str(SAMPLES))
+    return importlib.import_module(f"tiny_decoder.{name}")
 
 
 def store(name: str, result: dict[str, Any]) -> Path:

@@ -8,7 +8,6 @@ when interrupted. Finished rows are kept in results/length_extrapolation.json.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -26,11 +25,10 @@ import numpy as np
 import torch
 
 import graphopt
-from benchmarks.common import RESULTS, show, store
+from benchmarks.common import RESULTS, SAMPLES, show, store, tiny_decoder
 from graphopt.decoders.perplexity import Score, cross_entropy
 from graphopt.ops import softplus_attention
 
-SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 CONTEXT = 1024
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 TEXTS = 2
@@ -68,15 +66,9 @@ ROWS = (
 )
 
 
-def _sample(name: str) -> Any:
-    if str(SAMPLES) not in sys.path:
-        sys.path.append(str(SAMPLES))
-    return importlib.import_module(f"tiny_decoder.{name}")
-
-
 def texts() -> np.ndarray[Any, Any]:
     """Held-out bytes [TEXTS, 16 CONTEXT], at even distances."""
-    data = _sample("data")
+    data = tiny_decoder("data")
     return np.asarray(data.windows(data.texts()[1], LENGTHS[-1], TEXTS)[:, : LENGTHS[-1]])
 
 
@@ -88,7 +80,7 @@ def trained(attention: str, folder: Path, near: bool = False) -> _Logits:
         folder: where the trained decoders lie.
         near: let no query see keys further away than CONTEXT, as in training.
     """
-    checkpoint = _sample("checkpoint")
+    checkpoint = tiny_decoder("checkpoint")
     attend = _softmax if attention == "softmax" else partial(_attend, POWERS[attention])
     return _run(_with(_near(attend) if near else attend, _weights(attention, folder, checkpoint)))
 
@@ -146,10 +138,10 @@ def _near(attend: Callable[..., Any]) -> Callable[..., Any]:
 
 def converted(row: Row, folder: Path) -> Any:
     """The softmax decoder after the pass `softplus`."""
-    export, data = _sample("export"), _sample("data")
+    export, data = tiny_decoder("export"), tiny_decoder("data")
     path = folder / "softmax" / "decoder.onnx"
     if not path.exists():
-        export.export(_sample("checkpoint").load_tiny(), path.parent)
+        export.export(tiny_decoder("checkpoint").load_tiny(), path.parent)
     windows = data.windows(data.texts()[0], CONTEXT, 64)[:, :CONTEXT]
     fit = _FIT if row.source == "converted" else "train=none"
     graph = graphopt.load(path)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -21,9 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import DATA, RESULTS, show, store
+from benchmarks.common import DATA, RESULTS, show, store, tiny_decoder
 
-SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 SENTENCE = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
 SEEDS = tuple(range(5))
 
@@ -84,20 +82,12 @@ def _of(model: str, base: str, fit: str, text: str) -> dict[str, Row]:
     return {name: Row(model, name, spelled, text=text) for name, spelled in options.items()}
 
 
-def _sample(name: str) -> Any:
-    import importlib
-
-    if str(SAMPLES) not in sys.path:
-        sys.path.append(str(SAMPLES))
-    return importlib.import_module(f"tiny_decoder.{name}")
-
-
 def prepare(folder: Path) -> None:
     """Export both decoders, let each write text, and cut real text; kept in `folder`."""
     from graphopt.decoders.driver import Driver
     from graphopt.decoders.sample import sample_tokens
 
-    checkpoint, export, data = (_sample(name) for name in ("checkpoint", "export", "data"))
+    checkpoint, export, data = (tiny_decoder(name) for name in ("checkpoint", "export", "data"))
     decoders = {"tiny": checkpoint.load_tiny}
     if DATA.exists():
         decoders["stories260k"] = lambda: checkpoint.load_llama2c(DATA / "stories260k")
@@ -165,7 +155,7 @@ def _deployed(graph: Any, folder: Path, texts: np.ndarray[Any, Any]) -> dict[str
         graph.save(path, target="onnxruntime")
         apart = float(np.abs(logits(path, texts) - logits(path, texts, split=20)).max())
         written = generate(path, np.array([[1]]), new_tokens=48)
-    text = _sample("tokenizer").Tokenizer(DATA / "stories260k" / "tok512.bin").decode(written[0].tolist())
+    text = tiny_decoder("tokenizer").Tokenizer(DATA / "stories260k" / "tok512.bin").decode(written[0].tolist())
     return {"decode_from_prefill": apart, "sentence": text.strip().startswith(SENTENCE), "written": text[:160]}
 
 
