@@ -124,7 +124,7 @@ class RandomFeatures(torch.nn.Module):
 
     @torch.no_grad()
     def standardise(self, batches: Iterable[torch.Tensor]) -> None:
-        """Give each direction a product with the inputs [N, d_in] of deviation 1, and centre it; the inputs in parts."""
+        """Give each direction a product with the inputs [N, d_in], in parts, of deviation 1, and centre it."""
         count, total, squares = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         for x in batches:
             products = (x @ self.directions).double()
