@@ -7,12 +7,13 @@ import torch
 from graphopt.backends.onnx.attention_parts import suffix
 from graphopt.backends.onnx.builder import Builder
 from graphopt.backends.onnx.table import Call, lowers, meta_of, shape_of
+from graphopt.ops.group_rational import FARTHEST
 
 
 @lowers("graphopt::group_rational")
 def _group_rational(call: Call) -> str:
     """P / Q over [.., G, C / G], or over x as it is where all channels share the coefficients."""
-    form = call.get(3, "form", "abs_sum")
+    form, split = call.get(3, "form", "abs_sum"), call.get(4, "split", False)
     numerator, denominator = (shape_of(call.operand(i, name)) for i, name in ((1, "numerator"), (2, "denominator")))
     groups = max(numerator[0], denominator[0])
     dtype = call.dtype()
@@ -26,6 +27,9 @@ def _group_rational(call: Call) -> str:
         coefficients = [c if kind == wide else b.cast(c, wide) for c, kind in zip(given, kinds, strict=True)]
         if groups > 1:
             x = str(b.op("Reshape", x, b.ints(*[0] * (rank - 1), groups, -1)))
+        whole = x
+        if split:
+            x = str(b.op("Min", b.op("Abs", x), b.number(FARTHEST, wide)))
         top = _horner(b, x, _columns(b, coefficients[0], numerator[1]))
         value = top
         if denominator[1]:
@@ -36,11 +40,13 @@ def _group_rational(call: Call) -> str:
             else:
                 inner = b.op("Abs", b.op("Mul", x, _horner(b, x, below)))
             value = str(b.op("Div", top, b.op("Add", inner, b.number(1, wide))))
+        if split:
+            value = str(b.op("Sub", b.op("Relu", whole), value))
         if groups > 1:
             value = str(b.op("Reshape", value, b.ints(*[0] * (rank - 1), -1)))
         return value if dtype == wide else b.cast(value, dtype)
 
-    sizes = (form, rank, *numerator, *denominator)
+    sizes = (form, "split" if split else "plain", rank, *numerator, *denominator)
     name = f"GroupRational_{'_'.join(map(str, sizes))}_{'_'.join(map(suffix, (dtype, *kinds)))}"
     return str(call.builder.function(name, call.args[:3], body))
 

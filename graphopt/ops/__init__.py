@@ -10,6 +10,7 @@ from graphopt.ops.kernel_attention import kernel_attention
 from graphopt.ops.landmark_attention import landmark_attention
 from graphopt.ops.last_rows import last_rows
 from graphopt.ops.linear_attention import linear_attention
+from graphopt.ops.linear_rational import linear_rational
 from graphopt.ops.online_softmax import online_softmax
 from graphopt.ops.softplus_attention import softplus_attention
 from graphopt.ops.stablemax import stablemax
@@ -26,6 +27,7 @@ __all__ = [
     "landmark_attention",
     "last_rows",
     "linear_attention",
+    "linear_rational",
     "online_softmax",
     "softplus_attention",
     "stablemax",

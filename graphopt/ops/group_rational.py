@@ -10,21 +10,25 @@ from typing import Any
 
 import torch
 
+FARTHEST = 4096.0
+"""With `split`, |x| counts as this where it is larger, so that no power overflows; what vanishes has vanished there."""
+
 FORMS = ("abs_sum", "sum_abs")
 """`abs_sum`: Q = 1 + |b_1 x + ... + b_n x^n|, as in the paper; `sum_abs`: Q = 1 + |b_1| |x| + ... + |b_n| |x|^n, as in
 the published kernels."""
 
 
 def reference(
-    x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor, form: str = "abs_sum"
+    x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor, form: str = "abs_sum", split: bool = False
 ) -> torch.Tensor:
-    """(a_0 + a_1 x + ... + a_m x^m) / Q(x).
+    """R(x) = (a_0 + a_1 x + ... + a_m x^m) / Q(x), or relu(x) - R(|x|).
 
     Args:
         x: [.., C].
         numerator: [G, m + 1], a_0 first, or [1, m + 1] for all groups.
         denominator: [G, n], b_1 first, or [1, n]; C is a multiple of G, and a group is C / G channels in a row.
         form: which denominator; see `FORMS`.
+        split: relu(x) - R(min(|x|, FARTHEST)) in place of R(x).
 
     Returns:
         [.., C] in the type of `x`; computed in fp32 or better.
@@ -32,9 +36,12 @@ def reference(
     Raises:
         ValueError: sizes do not fit each other, or there is no such form.
     """
-    _check(x, numerator, denominator, form)
+    check(x, numerator, denominator, form)
     grouped, a, b = _operands(x, numerator, denominator)
-    value = horner(grouped, a) / _denominator(grouped, b, form)[0]
+    t = _argument(grouped, split)
+    value = horner(t, a) / _denominator(t, b, form)[0]
+    if split:
+        value = grouped.relu() - value
     return value.flatten(-2).to(x.dtype)
 
 
@@ -48,7 +55,8 @@ def horner(x: torch.Tensor, coefficients: list[torch.Tensor]) -> torch.Tensor:
     return value
 
 
-def _check(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor, form: str) -> None:
+def check(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor, form: str) -> None:
+    """Raise what `reference` raises."""
     if form not in FORMS:
         raise ValueError(f"expected form to be one of {FORMS}, got {form!r}")
     first, second = numerator.shape[0], denominator.shape[0]
@@ -68,6 +76,10 @@ def _operands(
     return x.to(wide).unflatten(-1, (groups, -1)), a, b
 
 
+def _argument(x: torch.Tensor, split: bool) -> torch.Tensor:
+    return x.abs().clamp(max=FARTHEST) if split else x
+
+
 def _denominator(x: torch.Tensor, b: list[torch.Tensor], form: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Q, and what b_1 is multiplied with in it before its sign: x, or its magnitude."""
     zero = torch.zeros_like(b[0]) if b else x.new_zeros(())
@@ -81,40 +93,55 @@ group_rational = torch.library.custom_op("graphopt::group_rational", reference, 
 
 
 @group_rational.register_fake
-def _(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor, form: str = "abs_sum") -> torch.Tensor:
-    _check(x, numerator, denominator, form)
+def _(
+    x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor, form: str = "abs_sum", split: bool = False
+) -> torch.Tensor:
+    check(x, numerator, denominator, form)
     return torch.empty_like(x)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, numerator, denominator, *rest = inputs
     ctx.save_for_backward(x, numerator, denominator)
-    ctx.form = rest[0] if rest else "abs_sum"
+    ctx.options = tuple(rest)
 
 
 def gradients(
-    gradient: torch.Tensor, x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor, form: str
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    numerator: torch.Tensor,
+    denominator: torch.Tensor,
+    form: str = "abs_sum",
+    split: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of x, numerator and denominator, in closed form; differentiable once more.
 
     With R = P / Q: dx = (P' - R Q') / Q, da_i = x^i / Q, db_i = -R D_i / Q, where D_i is the derivative of Q by b_i.
+    With `split`, relu'(x) - R'(|x|) sign(x), at x = 0 the derivative from the left, and da, db change their signs.
     """
     grouped, a, b = _operands(x, numerator, denominator)
-    q, base = _denominator(grouped, b, form)
-    r = horner(grouped, a) / q
-    scaled = gradient.to(grouped.dtype).unflatten(-1, grouped.shape[-2:]) / q
-    slope = horner(grouped, [i * c for i, c in enumerate(a)][1:])
+    t = _argument(grouped, split)
+    q, base = _denominator(t, b, form)
+    r = horner(t, a) / q
+    outer = gradient.to(grouped.dtype).unflatten(-1, grouped.shape[-2:])
+    scaled = (-outer if split else outer) / q
+    slope = horner(t, [i * c for i, c in enumerate(a)][1:])
+    # Of |t| a magnitude has the derivative from the right, 1; at 0 a number has none, and counts 0.
+    side = torch.ones_like(t) if split else t.sign()
     if form == "sum_abs":
         signs = [c.sign() for c in b]
-        inner = grouped.sign() * horner(base, [i * c.abs() for i, c in enumerate(b, 1)])
+        inner = side * horner(base, [i * c.abs() for i, c in enumerate(b, 1)])
     else:
-        sign = horner(grouped, [torch.zeros_like(b[0]), *b]).sign() if b else grouped
+        sign = side * horner(t, b).sign()
         signs = [sign] * len(b)
-        inner = sign * horner(grouped, [i * c for i, c in enumerate(b, 1)]) if b else torch.zeros_like(grouped)
-    dx = (scaled * (slope - r * inner)).flatten(-2).to(x.dtype)
-    da = _summed(scaled, grouped, [1.0] * len(a), numerator, first=0)
+        inner = sign * horner(t, [i * c for i, c in enumerate(b, 1)])
+    dx = scaled * (slope - r * inner)
+    if split:
+        right = (grouped > 0).to(dx.dtype)
+        dx = dx * (2 * right - 1) * (grouped.abs() <= FARTHEST) + outer * right
+    da = _summed(scaled, t, [1.0] * len(a), numerator, first=0)
     db = _summed(-scaled * r, base, signs, denominator, first=1)
-    return dx, da, db
+    return dx.flatten(-2).to(x.dtype), da, db
 
 
 def _summed(factor: torch.Tensor, base: torch.Tensor, signs: list[Any], like: torch.Tensor, first: int) -> torch.Tensor:
@@ -133,7 +160,7 @@ def _summed(factor: torch.Tensor, base: torch.Tensor, signs: list[Any], like: to
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
     x, numerator, denominator = ctx.saved_tensors
-    return *gradients(gradient, x, numerator, denominator, ctx.form), None
+    return *gradients(gradient, x, numerator, denominator, *ctx.options), None, None
 
 
 group_rational.register_autograd(_backward, setup_context=_setup)

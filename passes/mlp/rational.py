@@ -56,7 +56,9 @@ class Rational(SitePass):
     groups: int = 1
     """Groups of channels with coefficients of their own, each fitted on the interval that calibration saw there."""
     max_error: float = 5e-4
-    """Largest error of an activation on what calibration saw; other sites are left as they were."""
+    """Largest error of an activation on what calibration saw."""
+    preserve: bool = True
+    """Leave a site that misses `max_error` as it was; false keeps it, as a start for training."""
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -110,7 +112,7 @@ class Rational(SitePass):
         error = replacement.errors["max_error"]
         low, high = replacement.errors["low"], replacement.errors["high"]
         text = f"{replacement.site.function} on [{low:.3g}, {high:.3g}], largest error {error:.2g}"  # type: ignore[attr-defined]  # an ActivationSite
-        if not error <= self.max_error:  # also true of NaN
+        if not error <= self.max_error and self.preserve:  # also true of NaN
             return "reverted", f"{text}, above max_error={self.max_error:.3g}; use higher degrees, or form=split"
         return "rewritten", text
 
@@ -169,7 +171,7 @@ class RationalActivation(torch.nn.Module):
         if self.bias is not None:
             x = x + self.bias
         if self.form == "split":
-            return torch.relu(x) - self._rational(torch.abs(x))
+            return self._rational(x)
         low, high = self.interval
         inside = torch.clamp(x, low, high)
         value = self._rational(inside)
@@ -182,7 +184,7 @@ class RationalActivation(torch.nn.Module):
         return value
 
     def _rational(self, x: torch.Tensor) -> torch.Tensor:
-        value: torch.Tensor = group_rational(x, self.numerator, self.denominator, self.safe)
+        value: torch.Tensor = group_rational(x, self.numerator, self.denominator, self.safe, self.form == "split")
         return value
 
 
