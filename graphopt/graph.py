@@ -313,12 +313,7 @@ def attribute(module: torch.nn.Module, target: str) -> Any:
 
 def set_attribute(module: torch.nn.Module, target: str, value: Any) -> None:
     """Store a weight under a dotted name, making the modules on the way; floats become parameters."""
-    *path, last = target.split(".")
-    owner = module
-    for part in path:
-        if not isinstance(getattr(owner, part, None), torch.nn.Module):
-            owner.add_module(part, torch.nn.Module())
-        owner = getattr(owner, part)
+    owner, last = _owner(module, target)
     if isinstance(value, torch.nn.Parameter):
         owner.register_parameter(last, value)
     elif isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -327,6 +322,24 @@ def set_attribute(module: torch.nn.Module, target: str, value: Any) -> None:
         owner.register_buffer(last, value)
     else:
         setattr(owner, last, value)
+
+
+def set_buffer(module: torch.nn.Module, target: str, value: torch.Tensor, persistent: bool = True) -> None:
+    """Store what is no weight, and is not trained, under a dotted name; a parameter of this name makes room."""
+    owner, last = _owner(module, target)
+    owner._parameters.pop(last, None)
+    owner.register_buffer(last, value, persistent=persistent)
+
+
+def _owner(module: torch.nn.Module, target: str) -> tuple[torch.nn.Module, str]:
+    """The module that holds what a dotted name stands for, and the last part of the name."""
+    *path, last = target.split(".")
+    owner = module
+    for part in path:
+        if not isinstance(getattr(owner, part, None), torch.nn.Module):
+            owner.add_module(part, torch.nn.Module())
+        owner = getattr(owner, part)
+    return owner, last
 
 
 def fresh_attribute(module: torch.nn.Module, stem: str) -> str:

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from graphopt.errors import GraphOptError
 from graphopt.frontends.torch import ModuleSource
-from graphopt.graph import Graph, ValueSpec, attribute, check_value, set_attribute
+from graphopt.graph import Graph, ValueSpec, attribute, check_value, set_attribute, set_buffer
 from graphopt.subgraphs import SubgraphOperator
 
 
@@ -190,11 +190,7 @@ def _trainable(source: ModuleSource | None, target: str, node: fx.Node, value: n
 
 
 def _place(module: nn.Module, target: str, value: Any, persistent: bool = True) -> None:
-    set_attribute(module, target, value)
-    if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
-        return
-    path, _, last = target.rpartition(".")
-    owner = module.get_submodule(path)
-    if last in owner._parameters:  # set_attribute takes every float for a parameter; this one was a buffer
-        del owner._parameters[last]
-    owner.register_buffer(last, value, persistent=persistent)
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        set_buffer(module, target, value, persistent)
+    else:
+        set_attribute(module, target, value)

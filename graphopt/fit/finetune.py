@@ -1,9 +1,9 @@
-"""Training a rewritten graph as a whole: adapters and new parameters together, towards the teacher or the text."""
+"""Training a rewritten graph as a whole: weights and new parameters together, towards the teacher or the text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from graphopt.errors import CheckFailed, GraphOptError
 from graphopt.execute import execute
 from graphopt.fit.distill import Outputs, output_loss
 from graphopt.fit.layerwise import optimizer_for, shuffled
-from graphopt.fit.lora import Adapters
 from graphopt.graph import Graph
 from graphopt.rewrite.context import Context
 
@@ -22,10 +21,23 @@ _CLIP = 1.0
 Values = Sequence[Any]
 
 
+class Trained(Protocol):
+    """Weights that are trained beside a graph: `graphopt.fit.lora.Adapters`, `graphopt.fit.weights.Weights`."""
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What there is to train."""
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights by name, as they are now; differentiable."""
+
+    def merge(self) -> None:
+        """Make them the graph's own."""
+
+
 def finetune(
     teacher: Graph,
     student: Graph,
-    adapters: Adapters,
+    trained: Trained,
     others: Sequence[torch.nn.Parameter],
     *,
     steps: int,
@@ -33,12 +45,12 @@ def finetune(
     objective: Objective,
     context: Context,
 ) -> None:
-    """Train adapters on `student`'s weights, and `others`, then merge the adapters.
+    """Train weights of `student`, and `others`, then make these weights its own.
 
     Args:
         teacher: the original graph.
         student: the rewritten graph.
-        adapters: of the student.
+        trained: the student's weights.
         others: parameters that the rewrite brought; empty leaves them as they are.
         steps: one calibration batch each; 0 trains nothing.
         learning_rate: peak rate of AdamW; linear warm-up, then cosine to zero.
@@ -50,7 +62,7 @@ def finetune(
         GraphOptError: the objective is `text` and the model is no language model, or no gradient reaches anything.
         CheckFailed: the loss became NaN or infinite.
     """
-    parameters = [*adapters.parameters(), *(p for p in others if p.requires_grad)]
+    parameters = [*trained.parameters(), *(p for p in others if p.requires_grad)]
     if not steps or not parameters:
         return
     loss_of = objective_for(teacher, objective)
@@ -59,19 +71,19 @@ def finetune(
     order = shuffled(context.training(), context.generator())
     for _ in context.track(range(steps), steps, "Fine-tuning"):
         index = next(order)
-        found = execute(student, batches[index], weights=adapters.weights())
+        found = execute(student, batches[index], weights=trained.weights())
         loss = loss_of(index, batches[index], found)
         if not loss.requires_grad:
-            raise GraphOptError("no output depends differentiably on the rewritten sites; use lora_steps=0")
+            raise GraphOptError("no output depends differentiably on the rewritten sites; train for 0 steps")
         if not bool(torch.isfinite(loss)):
-            raise CheckFailed("fine-tuning diverged; lower lora_rate")
+            raise CheckFailed("fine-tuning diverged; lower its rate")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimizer.step()
         schedule.step()
     optimizer.zero_grad()
-    adapters.merge()
+    trained.merge()
 
 
 def language_model(graph: Graph) -> Interface | None:

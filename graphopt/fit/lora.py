@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import fx
 
-from graphopt.graph import Graph, fresh_attribute, set_attribute
+from graphopt.fit.weights import name_of_weight, replace_weight
+from graphopt.graph import Graph
 from graphopt.sites import LinearSite, find
 
 Targets = Literal["qkvo", "qkv", "o", "all"]
@@ -79,26 +80,12 @@ class Adapters:
     def merge(self) -> None:
         """Make the adapted weights the graph's own, in place; the weights that it was copied from stay."""
         with torch.no_grad():
-            for key, adapter in self.items.items():
-                value = self._adapted(adapter).contiguous()
-                users = [n for n in self._graph.nodes if n.op == "get_attr" and name_of_weight(n) == key]
-                target = fresh_attribute(self._graph.module, str(adapter.weight.target))
-                set_attribute(self._graph.module, target, value)
-                for node in users:
-                    node.target = target
-                    node.meta.pop("onnx", None)  # of a weight that a Constant node held
-                    if "onnx_name" in node.meta:
-                        node.meta["onnx_replaces"] = node.meta.pop("onnx_name")
-        self._graph.module.recompile()
+            for adapter in self.items.values():
+                replace_weight(self._graph, adapter.weight, self._adapted(adapter).contiguous())
 
     def _adapted(self, adapter: Adapter) -> torch.Tensor:
         weight: torch.Tensor = self._graph.weight(adapter.weight)
         return weight + adapter.change().to(weight.dtype)
-
-
-def name_of_weight(node: fx.Node) -> str:
-    """The name by which `execute` takes another value for a weight."""
-    return str(node.meta.get("onnx_name", node.target))
 
 
 def layers_around(graph: Graph, names: Sequence[str], targets: Targets) -> list[LinearSite]:

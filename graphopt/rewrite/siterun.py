@@ -11,6 +11,7 @@ from graphopt.rewrite.base import Equivalence, SitePass, Tolerance, site_name
 from graphopt.rewrite.context import Context, Replacement
 from graphopt.rewrite.report import SiteReport, Status
 from graphopt.rewrite.splice import splice
+from graphopt.sites import EdgeSite
 from graphopt.verification.numbers import difference
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def run(item: SitePass, graph: Graph, context: Context) -> tuple[Graph, Sequence
     student = graph.copy()
     findings = item.find(student)
     reports = [SiteReport(r.node, r.kind, "refused", r.reason) for r in findings.refusals]
-    sites = [site for site in findings.sites if not context.only or site.name in context.only]
+    sites = [site for site in findings.sites if not context.only or _is_among(site, context.only)]
     accepted = []
     for site in sites:
         reason = item.check(site)
@@ -64,6 +65,10 @@ def run(item: SitePass, graph: Graph, context: Context) -> tuple[Graph, Sequence
         replacement.module.requires_grad_(False)
     student.lint()
     return student, reports
+
+
+def _is_among(site: Site, names: Sequence[str]) -> bool:
+    return site.name in names or (isinstance(site, EdgeSite) and site.of in names)
 
 
 def _build(item: SitePass, graph: Graph, sites: Sequence[Site], context: Context) -> list[Replacement]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.graph import Graph, attribute, fresh_attribute, set_attribute
-from graphopt.sites import Site
+from graphopt.graph import Graph, attribute, fresh_attribute, set_attribute, set_buffer
+from graphopt.sites import EdgeSite, Site
 
 
 class _FlatTracer(fx.Tracer):
@@ -46,7 +46,9 @@ def splice(graph: Graph, site: Site, module: torch.nn.Module, stem: str, example
     weights: dict[str, str] = {}
     for parameter, value in zip(parameters, site.inputs, strict=True):
         value.meta.update(_observed(parameter))
-    with graph.fx.inserting_before(site.output):
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    place = min(site.readers, key=order.__getitem__) if isinstance(site, EdgeSite) else site.output
+    with graph.fx.inserting_before(place):
         for node in traced.nodes:
             if node.op == "get_attr":
                 mapping[node] = _weight(graph, module, str(node.target), stem, weights)
@@ -57,7 +59,9 @@ def splice(graph: Graph, site: Site, module: torch.nn.Module, stem: str, example
     returned = next(n for n in traced.nodes if n.op == "output").args[0]
     assert isinstance(returned, fx.Node), "a replacement returns one value"
     new: fx.Node = mapping[returned]
-    site.output.replace_all_uses_with(new)
+    # Of an edge all other readers, the new nodes among them, keep the value as it is.
+    readers = site.readers if isinstance(site, EdgeSite) else None
+    site.output.replace_all_uses_with(new, lambda user: readers is None or user in readers)
     erase_dead(graph, site.nodes)
     graph.module.recompile()
     return new
@@ -82,7 +86,10 @@ def _observed(node: fx.Node) -> dict[str, Any]:
 def _weight(graph: Graph, module: torch.nn.Module, target: str, stem: str, weights: dict[str, str]) -> fx.Node:
     if target not in weights:
         weights[target] = fresh_attribute(graph.module, f"{stem}.{target}")
-        set_attribute(graph.module, weights[target], attribute(module, target))
+        value = attribute(module, target)
+        # What a replacement holds as a buffer is no weight: whoever trains the result is not to move it.
+        is_buffer = isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
+        (set_buffer if is_buffer else set_attribute)(graph.module, weights[target], value)
     return graph.fx.create_node("get_attr", weights[target])
 
 

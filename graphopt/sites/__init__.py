@@ -9,6 +9,7 @@ from graphopt.errors import GraphOptError
 from graphopt.sites.base import (
     AttentionSite,
     AttentionValues,
+    EdgeSite,
     Findings,
     LinearSite,
     Mask,
@@ -52,6 +53,7 @@ __all__ = [
     "KINDS",
     "AttentionSite",
     "AttentionValues",
+    "EdgeSite",
     "Findings",
     "LinearSite",
     "Mask",

@@ -35,6 +35,23 @@ class Site:
         return self.nodes[-1]
 
 
+@dataclass(frozen=True, eq=False)
+class EdgeSite(Site):
+    """A value on its way to some of its readers; what a pass puts there, only they read.
+
+    It covers no node: `inputs` is the value alone, and `output` is the same value.
+    """
+
+    readers: tuple[fx.Node, ...] = field(kw_only=True)
+    of: str = field(kw_only=True)
+    """Name of the site that the readers belong to; who selects that one selects this too."""
+
+    @property
+    def output(self) -> fx.Node:
+        """The value itself."""
+        return self.inputs[0]
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A node that looked like a site of `kind`, and why it is none."""
