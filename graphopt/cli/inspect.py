@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli import costs
+from graphopt.cli.inspect_site import show_site, site_data
 from graphopt.cli.shared import Debug, Dims, Json, Model, Quiet, check_dims, check_input, single_dims
 from graphopt.cli.terminal import Terminal, size
 from graphopt.errors import GraphOptError
@@ -37,13 +38,22 @@ def inspect(
             show_default=False,
         ),
     ] = None,
+    site: Annotated[
+        str | None,
+        typer.Option(
+            "--site",
+            metavar="NAME",
+            help="Show one site alone: what it means, and of an activation or a rational function its closed form.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Show a model's interface, operators, cost, and what there is to rewrite.
 
-    Example: `graphopt inspect model.onnx --sites attention --dim seq=128`
+    Example: `graphopt inspect model.onnx --sites attention --dim seq=128`, and then one of them by `--site NAME`
     """
     terminal = Terminal(json, quiet)
     terminal.reserve(model)
@@ -57,6 +67,9 @@ def inspect(
         raise GraphOptError(f"no site is of kind {sites!r}; there are {', '.join(KINDS)}")
     graph = load(model)
     check_dims(graph, sizes)
+    if site is not None:
+        terminal.json({**show_site(terminal, graph, site), "environment": environment()})
+        return
     data: dict[str, Any] = {
         "version": 1,
         "file": _file(model, graph),
@@ -159,25 +172,9 @@ def _sites(graph: Graph, kind: str) -> dict[str, Any]:
     return {
         "count": len(findings.sites),
         "refused": len(findings.refusals),
-        "sites": [_site(site) for site in findings.sites],
+        "sites": [site_data(site) for site in findings.sites],
         "refusals": [{"node": r.node, "reason": r.reason} for r in findings.refusals],
     }
-
-
-def _site(site: Any) -> dict[str, Any]:
-    """What is known of a site, as plain data."""
-    data: dict[str, Any] = {"name": site.name, "nodes": len(site.nodes)}
-    simple = (
-        "form query_heads kv_heads head_dim value_dim scale softcap rope axis role length "
-        "in_features out_features activation epsilon"
-    )
-    for key in simple.split():
-        if hasattr(site, key):
-            data[key] = getattr(site, key)
-    if hasattr(site, "mask"):
-        data["mask"] = {"kind": site.mask.kind.value, "window": site.mask.window, "reason": site.mask.reason}
-        data["past"] = None if site.past is None else [node.name for node in site.past]
-    return data
 
 
 def _show(terminal: Terminal, data: dict[str, Any]) -> None:

@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from scipy.integrate import quad
 
+from graphopt.fit.activation import IDENTITY, is_relu_and_even
 from graphopt.fit.finetune import finetune
 from graphopt.fit.weights import Weights, replace_weight
 from graphopt.graph import Graph
 from graphopt.passes.mlp.activation import ActivationSite, activations
 from graphopt.passes.mlp.rational_activation import (
-    IDENTITY,
     Denominator,
     Form,
     RationalActivation,
     check_degrees,
     fit_to_record,
-    is_relu_and_even,
 )
 from graphopt.rewrite import Context, Equivalence, Replacement, SitePass, Tolerance
 from graphopt.sites import EdgeSite, Findings, LinearSite, MlpSite
@@ -31,7 +30,9 @@ from graphopt.sites.mlp import activation
 if TYPE_CHECKING:
     from graphopt.rewrite.report import Status
 
+FormOption = Literal["auto", "pade", "split"]
 WeightsOption = Literal["keep", "train", "draw"]
+_SPLIT_DEGREES = (4, 6)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class Kat(SitePass):
     is lost at the start, and the weights keep their names: train the module that comes out as the one that went in, or
     let `distill_steps` train it towards the original.
 
-    Yang & Wang, "Kolmogorov-Arnold Transformer" (2024). `kat{form=pade,m=5,n=4}` has its degrees.
+    Yang & Wang, "Kolmogorov-Arnold Transformer" (2024).
     """
 
     name: ClassVar[str] = "kat"
@@ -60,15 +61,16 @@ class Kat(SitePass):
 
     groups: int = 8
     """Groups of channels with a denominator of their own."""
-    form: Form = "split"
-    """R_act: split: relu minus a rational function that vanishes; pade: one rational function. R_id is of form pade."""
+    form: FormOption = "auto"
+    """Of R_act. pade: one rational function, as published; split: relu minus a rational function of |x| that vanishes,
+    which is exact on any range, but whose two sides training moves together; auto: pade where it keeps `max_error`."""
     denominator: Denominator = "abs_sum"
     """1 + |b_1 x + .. + b_n x^n|, or 1 + |b_1| |x| + .. + |b_n| |x|^n."""
-    m: int = 4
-    """Degree of the numerators, 1 to 7."""
-    n: int = 6
-    """Degree of the denominators, up to 7; of form split at least m + 1."""
-    max_error: float = 5e-4
+    m: int = 5
+    """Degree of the numerators, 1 to 7; where auto takes split it is 4."""
+    n: int = 4
+    """Degree of the denominators, up to 7; of form split at least m + 1, where auto takes it 6."""
+    max_error: float = 0.01
     """Largest error of an activation at the start, on what calibration saw."""
     preserve: bool = True
     """Leave an activation that misses `max_error` as it was; false keeps it, as a start for training."""
@@ -86,7 +88,7 @@ class Kat(SitePass):
         Raises:
             ValueError: a number is out of range, or options exclude each other.
         """
-        check_degrees(self.form, self.m, self.n)
+        check_degrees("split" if self.form == "split" else "pade", self.m, self.n)
         if self.m < 1:
             raise ValueError(f"expected m of at least 1, which the identity needs, got {self.m}")
         if self.groups < 1:
@@ -122,24 +124,39 @@ class Kat(SitePass):
 
     def build(self, site: ActivationSite | _Input, context: Context) -> RationalActivation:
         """The rational function; `fit` gives it its coefficients."""
-        make = functools.partial(
-            RationalActivation, groups=self.groups, denominator=self.denominator, shared=True, scaled=True
+        return self._make(site, "split" if self.form == "split" else "pade", (self.m, self.n))
+
+    def _make(self, site: ActivationSite | _Input, form: Form, degrees: tuple[int, int]) -> RationalActivation:
+        is_input = isinstance(site, _Input)
+        return RationalActivation(
+            IDENTITY if is_input else site.mlp.activation,
+            degrees,
+            self.groups,
+            form="pade" if is_input else form,
+            denominator=self.denominator,
+            bias=None if isinstance(site, _Input) else site.bias,
+            shared=True,
+            scaled=True,
         )
-        if isinstance(site, _Input):
-            return make(IDENTITY, (self.m, self.n), form="pade")
-        return make(site.function, (self.m, self.n), form=self.form, bias=site.bias)
 
     def fit(self, replacements: Sequence[Replacement], context: Context) -> None:
         """The identity and the activations on the intervals that calibration saw."""
         for replacement in context.track(replacements, len(replacements), "Fitting rational functions"):
             fit_to_record(replacement, together=True)
+            site = replacement.site
+            if self.form != "auto" or not isinstance(site, ActivationSite) or not is_relu_and_even(site.function):
+                continue
+            if not replacement.errors["max_error"] <= self.max_error:
+                replacement.module = self._make(site, "split", _SPLIT_DEGREES)
+                fit_to_record(replacement, together=True)
 
     def review(self, graph: Graph, replacement: Replacement, context: Context) -> tuple[Status, str]:
         """Hold the largest error of an activation against `max_error`."""
         low, high, error = (replacement.errors[key] for key in ("low", "high", "max_error"))
         module = replacement.module
         assert isinstance(module, RationalActivation)
-        text = f"{module.function} on [{low:.3g}, {high:.3g}], largest error {error:.2g}"
+        form = "" if module.function == IDENTITY else f" as {module.form}"
+        text = f"{module.function}{form} on [{low:.3g}, {high:.3g}], largest error {error:.2g}"
         # The identity's error is rounding, which grows with what the model sends through it.
         allowed = max(self.max_error, 1e-5 * max(-low, high)) if module.function == IDENTITY else self.max_error
         if not error <= allowed and self.preserve:  # also true of NaN

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from graphopt.fit.activation import is_relu_and_even
 from graphopt.graph import Graph
 from graphopt.passes.mlp.activation import ActivationSite, activations
 from graphopt.passes.mlp.rational_activation import (
@@ -17,7 +18,6 @@ from graphopt.passes.mlp.rational_activation import (
     RationalActivation,
     check_degrees,
     fit_to_record,
-    is_relu_and_even,
 )
 from graphopt.rewrite import Context, Equivalence, Replacement, SitePass, Tolerance
 from graphopt.sites import Findings

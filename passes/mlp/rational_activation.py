@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 
-from graphopt.fit.rational import RationalFunction, fit_rational
+from graphopt.fit.activation import exact, fit_activation
+from graphopt.fit.rational import RationalFunction
 from graphopt.ops import group_rational
 from graphopt.rewrite import Replacement
-from graphopt.sites.mlp import activation
 
 Form = Literal["split", "pade"]
 Denominator = Literal["abs_sum", "sum_abs"]
-IDENTITY = "identity"
-"""Beside the names of activations: R(x) = x, with a denominator that training can move."""
 
-_Array = np.ndarray[Any, Any]
 # The interval of a fit is the least power of two times this that holds what calibration saw, so that few intervals
-# are fitted, and inputs somewhat beyond it are still inside.
-_UNIT = 8.0
+# are fitted, and inputs somewhat beyond it are still inside. Form split is right beyond it if it saw where R vanishes.
+_UNITS = {"split": 8.0, "pade": 4.0}
 _FINEST = 1e-12
 
 
@@ -62,7 +58,7 @@ class RationalActivation(torch.nn.Module):
         """Zero coefficients.
 
         Args:
-            function: an activation's name, or `IDENTITY`.
+            function: an activation's name, or `graphopt.fit.activation.IDENTITY`.
             degrees: m and n, of numerator and denominator.
             groups: G, how many groups of channels have coefficients of their own.
             form: `split`: relu minus a rational function that vanishes; `pade`: one rational function.
@@ -77,7 +73,7 @@ class RationalActivation(torch.nn.Module):
         self.function, self.form, self.safe, self.degrees, self.groups = function, form, denominator, degrees, groups
         self.numerator = torch.nn.Parameter(torch.zeros(1 if shared else groups, degrees[0] + 1))
         self.denominator = torch.nn.Parameter(torch.zeros(groups, degrees[1]))
-        self.interval = (-_UNIT, _UNIT)
+        self.interval = (0.0, 0.0)
         self.slopes = (0.0, 0.0)
         self.bias = None if bias is None else torch.nn.Parameter(bias.clone(), requires_grad=False)
         for name, count in (("units_above", degrees[0] + 1), ("units_below", degrees[1])):
@@ -85,8 +81,9 @@ class RationalActivation(torch.nn.Module):
 
     def fitted(self, low: float, high: float) -> RationalFunction:
         """The rational function for inputs in [low, high]."""
-        reach = _UNIT * 2 ** max(0, math.ceil(math.log2(max(-low, high, _FINEST) / _UNIT)))
-        return _fitted(self.function, self.form, self.safe, reach, self.degrees)
+        unit = _UNITS[self.form]
+        reach = unit * 2 ** max(0, math.ceil(math.log2(max(-low, high, _FINEST) / unit)))
+        return fit_activation(self.function, reach, self.degrees, self.safe, split=self.form == "split")
 
     def set_functions(self, functions: Sequence[RationalFunction]) -> None:
         """Take one function per group; those of groups that share a numerator are the same."""
@@ -102,8 +99,7 @@ class RationalActivation(torch.nn.Module):
                 self.numerator.div_(self.units_above)
                 self.denominator.div_(self.units_below)
         self.interval = (-reach, reach)
-        exact = _exact(self.function)
-        ends = exact(np.array([-2 * reach, -reach, reach, 2 * reach]))
+        ends = exact(self.function)(np.array([-2 * reach, -reach, reach, 2 * reach]))
         self.slopes = (float(ends[1] - ends[0]) / reach, float(ends[3] - ends[2]) / reach)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -151,43 +147,6 @@ def fit_to_record(replacement: Replacement, *, together: bool = False) -> None:
     replacement.errors["low"], replacement.errors["high"] = (
         pick(e) for pick, e in zip((min, max), zip(*intervals, strict=True), strict=True)
     )
-
-
-def _exact(name: str) -> Callable[[_Array], _Array]:
-    if name == IDENTITY:
-        return lambda x: x
-    function = activation(name)
-    return lambda x: np.asarray(function(torch.from_numpy(np.asarray(x, np.float64))).numpy())
-
-
-@functools.cache
-def is_relu_and_even(name: str) -> bool:
-    """Whether relu(x) - f(x) is the same for x and -x, and vanishes far out."""
-    x = np.linspace(0, 40, 401)
-    function = _exact(name)
-    right, left = x - function(x), -function(-x)
-    return bool(np.abs(right - left).max() < _FINEST and abs(right[-1]) < _FINEST)
-
-
-@functools.cache
-def _fitted(
-    name: str, form: Form, denominator: Denominator, reach: float, degrees: tuple[int, int]
-) -> RationalFunction:
-    if name == IDENTITY:
-        return _identity(denominator, reach, degrees)
-    exact = _exact(name)
-    if form == "split":
-        return fit_rational(lambda t: np.maximum(t, 0) - exact(t), 0.0, reach, degrees, denominator)
-    return fit_rational(exact, -reach, reach, degrees, denominator)
-
-
-def _identity(denominator: Denominator, reach: float, degrees: tuple[int, int]) -> RationalFunction:
-    """R(x) = x Q(x) / Q(x): with Q = 1 the signs in the gradient of Q would be 0, and it could never learn."""
-    m, n = degrees
-    even = range(2, min(m - 1, n) + 1, 2)
-    b = [reach**-i if i in even else 0.0 for i in range(1, n + 1)]
-    a = [0.0, 1.0, *(b[i - 2] if i - 1 in even else 0.0 for i in range(2, m + 1))]
-    return RationalFunction(tuple(a[: m + 1]), tuple(b), denominator, -reach, reach, 0.0)
 
 
 def _seen(replacement: Replacement, module: RationalActivation) -> tuple[list[float], list[float]]:

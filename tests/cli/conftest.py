@@ -196,6 +196,28 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def mlp_file(tmp_path: Path) -> Path:
+    """x [batch, 4] -> Gemm, Gelu, Gemm -> y."""
+    rng = np.random.default_rng(0)
+    weights = {"w1": (4, 8), "b1": (8,), "w2": (8, 4), "b2": (4,)}
+    nodes = [
+        helper.make_node("Gemm", ["x", "w1", "b1"], ["a"], name="up"),
+        helper.make_node("Gelu", ["a"], ["b"], name="act"),
+        helper.make_node("Gemm", ["b", "w2", "b2"], ["y"], name="down"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "mlp",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])],
+        [numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), n) for n, shape in weights.items()],
+    )
+    path = tmp_path / "mlp.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+    return path
+
+
+@pytest.fixture
 def other(tmp_path: Path) -> Path:
     """The same with other weights."""
     path = tmp_path / "other.onnx"

@@ -164,3 +164,37 @@ def test_explain_a_node_that_no_finder_took(invoke: Invoke, model: Path) -> None
 def test_explain_linearize(invoke: Invoke, attention: Path) -> None:
     found = data(invoke("explain", attention, "--pass", "linearize", "--node", "/Softmax", "--json", "-"))["sites"]
     assert [site["status"] for site in found] == ["accepted"]
+
+
+def test_one_site_in_closed_form(invoke: Invoke, mlp_file: Path) -> None:
+    found = invoke("inspect", mlp_file, "--sites", "mlp")
+    assert found.exit_code == 0, found.output
+    shown = invoke("inspect", mlp_file, "--site", "down")
+    assert shown.exit_code == 0, shown.output
+    for text in (
+        "mlp site down",
+        "gelu in closed form",
+        "erf(sqrt(2)*x/2)",
+        "max(x, 0) - P(t) / Q(t)",
+        "nowhere above",
+    ):
+        assert text in shown.stdout
+    (site, _) = data(invoke("inspect", mlp_file, "--site", "down", "--json", "-"))["sites"]
+    assert site["kind"] == "mlp"
+    assert site["closed_form"]["error"]["largest"] <= site["closed_form"]["error"]["bound"] < 1e-4
+
+
+def test_a_rational_function_in_closed_form(invoke: Invoke, mlp_file: Path, tmp_path: Path) -> None:
+    result = invoke("transform", mlp_file, "-o", tmp_path / "b.onnx", "--pass", "rational{groups=2}")
+    assert result.exit_code == 0, result.output
+    node = next(n for n in onnx.load(tmp_path / "b.onnx").graph.node if "Rational" in n.op_type)
+    shown = invoke("inspect", tmp_path / "b.onnx", "--site", node.name)
+    assert shown.exit_code == 0, shown.output
+    assert "groups 0, 1 of 2" in shown.stdout
+    assert "P'(t)" in shown.stdout
+
+
+def test_a_site_that_is_not_there(invoke: Invoke, mlp_file: Path) -> None:
+    result = invoke("inspect", mlp_file, "--site", "dow")
+    assert result.exit_code == 2
+    assert "no site is called 'dow'; the closest are 'down'" in result.output

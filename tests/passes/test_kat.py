@@ -10,8 +10,9 @@ from torch import nn
 import graphopt
 from graphopt.backends.onnxruntime import Session
 from graphopt.errors import GraphOptError
+from graphopt.fit.activation import IDENTITY
 from graphopt.passes.mlp.kat import variance_gain
-from graphopt.passes.mlp.rational_activation import IDENTITY, RationalActivation
+from graphopt.passes.mlp.rational_activation import RationalActivation
 from graphopt.rewrite import parse
 
 D, H = 8, 16
@@ -44,19 +45,33 @@ def apply(module, options="", **rest):
     return graphopt.load(module.eval(), batches(1)[0]).apply(f"kat{options}", calibration=batches(), **rest)
 
 
-@pytest.mark.parametrize("options", ["", "{groups=4,denominator=sum_abs}", "{form=pade,m=5,n=4,max_error=0.1}"])
+@pytest.mark.parametrize("options", ["", "{groups=4,denominator=sum_abs}", "{form=split,m=4,n=6,max_error=1e-4}"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_the_start_is_the_original(options, gated):
     module = Block(gated=gated)
     result = apply(module, options)
     sites = result.report.passes[0].sites
     assert [s.status for s in sites] == ["rewritten"] * 2
+    assert ("as split" in sites[1].reason) == ("split" in options)
     assert [s.name.endswith(".input") for s in sites] == [True, False]
     assert sites[0].errors["max_error"] < 1e-5  # rounding of values up to 3
     after = result.graph.to_module()
     x = batches(1)[0][0]
     bound = max(1e-4, sites[1].errors["max_error"]) * H
     torch.testing.assert_close(after(x), module(x), rtol=0, atol=bound)
+
+
+def test_where_pade_misses_auto_takes_split():
+    """On [-100, 100] no rational function of degrees 5 and 4 is close to gelu."""
+    module = Block()
+    module.up.weight.data *= 60
+    sites = apply(module).report.passes[0].sites
+    assert [s.status for s in sites] == ["rewritten"] * 2
+    assert "gelu as split" in sites[1].reason
+    assert sites[1].errors["max_error"] < 1e-4
+    missed = apply(module, "{form=pade}").report.passes[0].sites[1]
+    assert missed.status == "reverted"
+    assert "above max_error=0.01; use higher degrees, or form=split" in missed.reason
 
 
 def test_weights_keep_their_names_and_everything_can_be_trained():
@@ -83,7 +98,7 @@ def test_the_residual_reads_what_it_read():
         x = batches(1)[0][0]
         h = module.norm(x)
         expected = h + module.down(module.act(module.up(torch.zeros_like(h))))
-    torch.testing.assert_close(after(x), expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(after(x), expected, rtol=0, atol=8e-3)  # as below
 
 
 def test_a_file_keeps_names_and_function(tmp_path):
@@ -101,7 +116,7 @@ def test_a_file_keeps_names_and_function(tmp_path):
     assert weights <= {t.name for t in after.graph.initializer}
     x = {"x": 3 * np.random.default_rng(1).standard_normal((2, 7, D)).astype(np.float32)}
     a, b = (Session(tmp_path / name).run(x)["y"] for name in ("a.onnx", "b.onnx"))
-    np.testing.assert_allclose(b, a, rtol=0, atol=1e-3)  # 16 errors of 4.3e-5, and weights below 1/4
+    np.testing.assert_allclose(b, a, rtol=0, atol=8e-3)  # 16 errors of 2e-3, and weights below 1/4
 
 
 @pytest.mark.parametrize("weights", ["keep", "train"])
@@ -169,7 +184,7 @@ def test_what_it_refuses(options, reason):
 
 
 @pytest.mark.parametrize(
-    "options", ["m=0", "n=3,m=4", "groups=0", "distill_steps=-1", "distill_rate=0", "weights=draw,distill_steps=5"]
+    "options", ["m=0", "form=split,n=3,m=4", "groups=0", "distill_steps=-1", "distill_rate=0", "weights=draw,distill_steps=5"]
 )
 def test_wrong_options(options):
     with pytest.raises(GraphOptError):
