@@ -1,4 +1,4 @@
-"""The `cpu` target: the torch target, with kernels for the softmax operators that numba compiles when they are called.
+"""The `cpu` target: the torch target, with kernels for softmax and rational operators that numba compiles when called.
 
 The kernels need not be asked for: the first call of such an operator on the CPU finds this backend by its name.
 """
@@ -10,18 +10,19 @@ from typing import Any
 from torch import nn
 
 from graphopt.backends.torch import TorchBackend
+from graphopt.backends.torch.fusion import fuse_linear_rational
 from graphopt.graph import Graph
 
 __all__ = ["CpuBackend"]
 
 
 class CpuBackend(TorchBackend):
-    """Lowers a graph to an nn.Module; on the CPU its softmax operators run on the kernels, if numba is installed."""
+    """Lowers a graph to an nn.Module; on the CPU its softmax and rational operators run on kernels, given numba."""
 
     name = "cpu"
 
     def lower(self, graph: Graph, *, compile: bool = False, **options: Any) -> nn.Module:
-        """As the torch target.
+        """As the torch target, with each linear layer and the rational function behind it as one operator.
 
         Args:
             graph: what to lower.
@@ -29,11 +30,11 @@ class CpuBackend(TorchBackend):
             options: for torch.compile.
         """
         self.enable()
-        return super().lower(graph, compile=compile, **options)
+        return super().lower(fuse_linear_rational(graph), compile=compile, **options)
 
     @staticmethod
     def enable() -> None:
-        """Let the kernels compute the softmax operators on the CPU; numba is imported when the first of them runs."""
+        """Let the kernels compute these operators on the CPU; numba is imported when the first of them runs."""
         from .register import register
 
         register()

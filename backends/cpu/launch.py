@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 
 from . import softmax as compiled
+from .threads import parts, together
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -62,34 +61,34 @@ def softmax(x: Array, y: Array, algorithm: Algorithm) -> None:
     if threads <= 1:
         algorithm.rows(x, y, *algorithm.parameters)
     elif count >= threads:
-        parts = _parts(count, threads)
-        _together([partial(algorithm.rows, x[p], y[p], *algorithm.parameters) for p in parts])
+        pieces = parts(count, threads)
+        together([partial(algorithm.rows, x[p], y[p], *algorithm.parameters) for p in pieces])
     else:
-        parts = _parts(length, threads)
+        pieces = parts(length, threads)
         for i in range(count):
-            x_parts, y_parts = [x[i, p] for p in parts], [y[i, p] for p in parts]
+            x_parts, y_parts = [x[i, p] for p in pieces], [y[i, p] for p in pieces]
             if algorithm.kept is None or length > compiled.IN_CACHE or not _keep(x_parts, y_parts, algorithm.kept):
                 _long_row(x_parts, y_parts, algorithm)
 
 
 def _long_row(x: Sequence[Array], y: Sequence[Array], algorithm: Algorithm) -> None:
     """One row in parts: each is summed, the sums are joined, and then each is written."""
-    found = _together([partial(algorithm.sum, part, *algorithm.parameters) for part in x])
+    found = together([partial(algorithm.sum, part, *algorithm.parameters) for part in x])
     if any(total < 0 for _, _, total in found):
-        found = _together([partial(compiled.three_pass_sum, part) for part in x])
+        found = together([partial(compiled.three_pass_sum, part) for part in x])
     shift, e, total = joined(found)
     unit = (np.float32(shift), np.float32(e), total)
-    _together([partial(compiled.write, a, b, *unit) for a, b in zip(x, y, strict=True)])
+    together([partial(compiled.write, a, b, *unit) for a, b in zip(x, y, strict=True)])
 
 
 def _keep(x: Sequence[Array], y: Sequence[Array], kept: Callable[..., tuple[float, float, float]]) -> bool:
     """One row in parts: the terms of each are left in y, and scaled once the sum is known; whether all could be."""
-    found = _together([partial(kept, a, b) for a, b in zip(x, y, strict=True)])
+    found = together([partial(kept, a, b) for a, b in zip(x, y, strict=True)])
     if any(total < 0 for _, _, total in found):
         return False
     _, e, total = joined(found)
     factors = [np.float32(math.ldexp(1 / total, int(own - e))) for _, own, _ in found]
-    _together([partial(compiled.scale, part, factor) for part, factor in zip(y, factors, strict=True)])
+    together([partial(compiled.scale, part, factor) for part, factor in zip(y, factors, strict=True)])
     return True
 
 
@@ -101,35 +100,3 @@ def joined(sums: Sequence[tuple[float, float, float]]) -> tuple[float, float, fl
     shift, e = max(s for s, _, _ in counted), max(e for _, e, _ in counted)
     total = sum(t * math.exp(s - shift) * math.ldexp(1.0, int(n - e)) for s, n, t in counted)
     return shift, e, total
-
-
-def _parts(size: int, count: int) -> list[slice]:
-    """`count` slices that cover `size` entries, of whole cache lines of 16 where they may be."""
-    step = -(-size // count)
-    step = -(-step // 16) * 16 if size >= 16 * count * count else step
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-_pool: ThreadPoolExecutor | None = None
-_size = 0
-
-
-def _together(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
-    """What the tasks return; all but the first run on other threads. Compiled code holds no lock of Python's."""
-    global _pool, _size
-    if _pool is None or _size < len(tasks) - 1:
-        _size = max(len(tasks) - 1, 1)
-        # An older pool ends its threads once nobody holds it.
-        _pool = ThreadPoolExecutor(_size, thread_name_prefix="graphopt-softmax")
-    others = [_pool.submit(task) for task in tasks[1:]]
-    return [tasks[0](), *(other.result() for other in others)]
-
-
-def _forget() -> None:
-    """A forked process has none of its parent's threads."""
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)

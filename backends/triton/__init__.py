@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from graphopt.backends.torch import TorchBackend
+from graphopt.backends.torch.fusion import fuse_linear_rational
 from graphopt.errors import GraphOptError
 from graphopt.graph import Graph
 
@@ -30,7 +31,7 @@ class TritonBackend(TorchBackend):
             GraphOptError: triton is not installed.
         """
         enable()
-        return super().lower(graph, compile=compile, **options)
+        return super().lower(fuse_linear_rational(graph), compile=compile, **options)
 
 
 def enable(device: str = "cuda") -> None:

@@ -24,8 +24,10 @@ from graphopt.errors import GraphOptError
 from graphopt.ops.linear_attention import RULES
 
 from . import (
+    group_rational,
     linear_attention,
     linear_gradients,
+    linear_rational,
     softmax,
     softplus_attention,
     unified_attention,
@@ -117,6 +119,16 @@ def _calls(dtype: torch.dtype, K: int, V: int) -> Iterator[Callable[[], object]]
         for form in softmax.FORMS:
             yield lambda x=x, f=form: softmax.forward(x, form=f)  # type: ignore[misc]  # mypy infers no lambda with defaults
         yield lambda x=x: softmax.gradient(x, x)  # type: ignore[misc]  # mypy infers no lambda with defaults
+
+    # The hidden layer of ViT-B's MLP as KAT has it, and with relu minus a function that vanishes in the tails.
+    x, weight, bias = empty(B, 197, 768), empty(3072, 768), empty(3072)
+    y = empty(B, 197, 3072)
+    for m, n, shared, form, apart in ((5, 4, True, "abs_sum", False), (4, 6, False, "sum_abs", True)):
+        above = empty(1 if shared else 8, m + 1, like=torch.float32)
+        functions = (above, empty(8, n, like=torch.float32), form, apart)
+        yield lambda f=functions: group_rational.forward(y, *f)  # type: ignore[misc]  # mypy infers no lambda with defaults
+        yield lambda f=functions: group_rational.backward(y, y, *f)  # type: ignore[misc]  # mypy infers no lambda with defaults
+        yield lambda f=functions: linear_rational.forward(x, weight, bias, *f)  # type: ignore[misc]  # mypy infers no lambda with defaults
 
 
 def _describe(note: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:

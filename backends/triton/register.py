@@ -7,22 +7,28 @@ import functools
 import torch
 
 from graphopt.ops import (
+    group_rational,
     kernels,
     linear_attention,
+    linear_rational,
     online_softmax,
     softplus_attention,
     two_pass_softmax,
     unified_max_softmax,
     windowed_linear_attention,
 )
+from graphopt.ops.group_rational import reference as group_rational_reference
 from graphopt.ops.linear_attention import chunked
+from graphopt.ops.linear_rational import reference as linear_rational_reference
 from graphopt.ops.online_softmax import reference as online_reference
 from graphopt.ops.softplus_attention import reference as softplus_reference
 from graphopt.ops.two_pass_softmax import reference as two_pass_reference
 from graphopt.ops.unified_max_softmax import reference as unified_reference
 from graphopt.ops.windowed_linear_attention import reference
 
+from . import group_rational as grouped
 from . import linear_attention as linear
+from . import linear_rational as linear_grouped
 from . import softmax
 from . import softplus_attention as softplus
 from . import windowed_attention as windowed
@@ -52,6 +58,18 @@ def register(device: str) -> None:
         softplus_reference,
         device,
         kernels.Kernels(softplus.forward, softplus.backward, _supports_softplus),
+    )
+    kernels.register(
+        group_rational,
+        group_rational_reference,
+        device,
+        kernels.Kernels(grouped.forward, grouped.backward, grouped.supported),
+    )
+    kernels.register(
+        linear_rational,
+        linear_rational_reference,
+        device,
+        kernels.Kernels(linear_grouped.forward, linear_grouped.backward, linear_grouped.supported),
     )
     softmaxes = (
         (two_pass_softmax, two_pass_reference, "two_pass"),

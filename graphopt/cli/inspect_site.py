@@ -117,24 +117,29 @@ def _activation(terminal: Terminal, name: str) -> dict[str, Any]:
 def _rationals(graph: Graph) -> Iterator[tuple[str, tuple[Graph, fx.Node]]]:
     """Calls of the function that a rational function is saved as, and the graph or body that each is in."""
     from graphopt.sites.vocabulary import name_of
-    from graphopt.subgraphs import SubgraphOperator, walk
+    from graphopt.subgraphs import walk
 
     for level in walk(graph):
         for node in level.nodes:
-            if node.op == "call_module":
-                operator = level.module.get_submodule(str(node.target))
-                if isinstance(operator, SubgraphOperator) and _OWN_FUNCTION.match(operator.proto.op_type):
-                    yield name_of(node), (level, node)
+            if node.op == "call_module" and _form(level, node):
+                yield name_of(node), (level, node)
+
+
+def _form(graph: Graph, node: fx.Node) -> tuple[str, str] | None:
+    """The denominator, and `split` or `plain`, of a call of our own function; None of other calls."""
+    from graphopt.subgraphs import SubgraphOperator
+
+    operator = graph.module.get_submodule(str(node.target))
+    found = _OWN_FUNCTION.match(operator.proto.op_type) if isinstance(operator, SubgraphOperator) else None
+    return None if found is None else (found[1], found[2])
 
 
 def _rational(terminal: Terminal, graph: Graph, node: fx.Node, name: str) -> dict[str, Any]:
     """The closed form of each group of a rational function."""
     from graphopt.fit.closed_form import spelled
 
-    operator = graph.module.get_submodule(str(node.target))
-    found = _OWN_FUNCTION.match(operator.proto.op_type)  # type: ignore[union-attr]  # _rationals yields no other
-    assert found is not None
-    form, split = found[1], found[2] == "split"
+    form, kind = _form(graph, node) or ("", "")
+    split = kind == "split"
     values = [graph.weight(operand) for operand in node.all_input_nodes[1:3] if operand.op == "get_attr"]
     if len(values) != 2:
         raise GraphOptError(f"the coefficients of {name!r} are computed, not stored; run the pass `cleanup` first")

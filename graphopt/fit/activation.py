@@ -51,16 +51,22 @@ def fit_activation(
     """
     if name == IDENTITY:
         return _identity(reach, degrees, form)
+    if split and name == "relu":
+        return RationalFunction((0.0,) * (degrees[0] + 1), _live(reach, degrees[1]), form, 0.0, reach, 0.0)
     function = exact(name)
     if split:
         return fit_rational(lambda t: np.maximum(t, 0) - function(t), 0.0, reach, degrees, form)
     return fit_rational(function, -reach, reach, degrees, form)
 
 
+def _live(reach: float, n: int, highest: int = 7) -> tuple[float, ...]:
+    """Q = 1 + (x / reach)^2 + ..: with Q = 1 the signs in the gradient of Q would be 0, and it could never learn."""
+    return tuple(reach**-i if i % 2 == 0 and i <= highest else 0.0 for i in range(1, n + 1))
+
+
 def _identity(reach: float, degrees: tuple[int, int], form: str) -> RationalFunction:
-    """R(x) = x Q(x) / Q(x): with Q = 1 the signs in the gradient of Q would be 0, and it could never learn."""
+    """R(x) = x Q(x) / Q(x)."""
     m, n = degrees
-    even = range(2, min(m - 1, n) + 1, 2)
-    b = [reach**-i if i in even else 0.0 for i in range(1, n + 1)]
-    a = [0.0, 1.0, *(b[i - 2] if i - 1 in even else 0.0 for i in range(2, m + 1))]
-    return RationalFunction(tuple(a[: m + 1]), tuple(b), form, -reach, reach, 0.0)
+    b = _live(reach, n, highest=m - 1)
+    a = [0.0, 1.0, *b, *[0.0] * m]
+    return RationalFunction(tuple(a[: m + 1]), b, form, -reach, reach, 0.0)

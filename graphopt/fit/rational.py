@@ -4,6 +4,9 @@ Linearised least squares (Sanathanan & Koerner, 1963): P - f (Q - 1) = f is line
 1 / Q from the round before make its residual that of P / Q. Lawson's weights (1961) turn the least squares towards the
 least maximum: points with a large error count more in the next round. What is kept is the round whose largest error,
 of the function as the operator computes it, is the least.
+
+From there differential correction (Barrodale, Powell & Roberts, 1972) goes on: linear programs whose solutions approach
+the best rational function with Q >= 1 on the interval, where least squares may end with a sum in |.| that changes sign.
 """
 
 from __future__ import annotations
@@ -13,17 +16,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import lsq_linear
+from scipy.optimize import linprog, lsq_linear
 
 from graphopt.ops.group_rational import FORMS
 
 _Array = np.ndarray[Any, np.dtype[np.float64]]
 _POINTS = 1200
-_ROUNDS = 40
+_ROUNDS = {"abs_sum": 40, "sum_abs": 12}
+"""Of Lawson's weights; with bounds on the coefficients a round takes ten times as long."""
 _INNER = 4
 """Least squares per round of Lawson's weights, for the weights 1 / Q to settle."""
 _LEAST_WEIGHT = 1e-3
 """Of a point without error, so that it does not drop out for good."""
+_CORRECTIONS = 20
+_SOLVABLE = 1e-6
+"""Relative error from which on linear programs, whose tolerances are 1e-7, have something to correct."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def fit_rational(
         raise ValueError(f"the function is not finite on [{low}, {high}]")
     # Powers of numbers up to 1 keep the columns of the least squares apart.
     unit = float(np.abs(x).max())
-    a, b = _search(x / unit, wanted, degrees, form)
+    a, b = _corrected(x / unit, wanted, _search(x / unit, wanted, degrees, form), form)
     a, b = a / unit ** np.arange(len(a)), b / unit ** np.arange(1, len(b) + 1)
     fine = _grid(low, high, 4 * _POINTS)
     error = float(np.abs(_value(fine, a, b, form) - function(fine)).max())
@@ -91,9 +98,10 @@ def fit_rational(
 
 
 def _grid(low: float, high: float, count: int) -> _Array:
-    """Points of an interval: half of them even, half dense around 0, where activations bend."""
-    near = np.clip(np.linspace(-4.0, 4.0, count // 2), low, high)
-    return np.unique(np.concatenate([np.linspace(low, high, count // 2), near]))
+    """Points of an interval: half of them even, half dense around 0, where activations bend, and their corners."""
+    near = np.linspace(-4.0, 4.0, count // 2)
+    points = np.concatenate([np.linspace(low, high, count // 2), near, [-3.0, 0.0, 3.0, 6.0]])
+    return np.unique(np.clip(points, low, high))
 
 
 def _search(x: _Array, wanted: _Array, degrees: tuple[int, int], form: str) -> tuple[_Array, _Array]:
@@ -102,7 +110,7 @@ def _search(x: _Array, wanted: _Array, degrees: tuple[int, int], form: str) -> t
     below = _powers(x, n, form)
     weights, q = np.ones_like(x), np.ones_like(x)
     best, found = np.inf, np.zeros(m + 1 + n)
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS[form]):
         for _ in range(_INNER):
             scale = np.sqrt(weights) / q
             system = np.hstack([above, -wanted[:, None] * below]) * scale[:, None]
@@ -116,6 +124,48 @@ def _search(x: _Array, wanted: _Array, degrees: tuple[int, int], form: str) -> t
         weights *= error / error.max() + _LEAST_WEIGHT
         weights /= weights.mean()
     return found[: m + 1], found[m + 1 :]
+
+
+def _corrected(x: _Array, wanted: _Array, found: tuple[_Array, _Array], form: str) -> tuple[_Array, _Array]:
+    """Better coefficients by differential correction, or those that were given.
+
+    With e, P_0 and Q_0 of the round before, each round minimises the largest (|f Q - P| - e Q) / Q_0: below 0, every
+    point of P / Q is closer than e. Q = q_0 + ... is at least q_0 everywhere; divided by q_0 it is 1 plus a sum >= 0.
+    """
+    m, n = len(found[0]) - 1, len(found[1])
+    size = float(np.abs(wanted).max()) or 1.0
+    x, wanted = x[::2], wanted[::2] / size
+    above = np.stack([x**i for i in range(m + 1)], axis=1)
+    below = np.hstack([np.ones((len(x), 1)), _powers(x, n, form)])
+    best = (found[0] / size, found[1])
+    error = float(np.abs(_value(x, *best, form) - wanted).max())
+    q = np.ones(len(x))
+    # Rows: f Q - P, P - f Q, and Q_0 in the column of what is minimised; then q_0 - Q <= 0.
+    positive = np.hstack([np.zeros_like(above), -below, np.zeros((len(x), 1))])
+    positive[:, m + 1] = 0
+    low = 0.0 if form == "sum_abs" else -1.0
+    bounds = [(None, None)] * (m + 1) + [(1e-7, 1)] + [(low, 1)] * n + [(None, None)]
+    bound = error
+    for _ in range(_CORRECTIONS):
+        if n == 0 or error < _SOLVABLE:
+            break
+        sides = [
+            np.hstack([sign * -above, (sign * wanted - bound)[:, None] * below, -q[:, None]]) for sign in (1.0, -1.0)
+        ]
+        system = np.vstack([*sides, positive])
+        solved = linprog([0.0] * (m + n + 2) + [1.0], system, np.zeros(len(system)), bounds=bounds)
+        if not solved.success or solved.x[-1] > -1e-9:
+            break
+        a, whole = solved.x[: m + 1], solved.x[m + 1 : -1]
+        q = below @ whole
+        candidate = (a / whole[0], whole[1:] / whole[0])
+        reached = float(np.abs(_value(x, *candidate, form) - wanted).max())
+        if reached < error:
+            best, error = candidate, reached
+        if reached >= bound * (1 - 1e-4):
+            break
+        bound = min(bound, reached)
+    return best[0] * size, best[1]
 
 
 def _least_squares(system: _Array, wanted: _Array, m: int, form: str) -> _Array:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from graphopt.ops import kernels
+
 FARTHEST = 4096.0
 """With `split`, |x| counts as this where it is larger, so that no power overflows; what vanishes has vanished there."""
 
@@ -164,3 +166,4 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
 
 
 group_rational.register_autograd(_backward, setup_context=_setup)
+kernels.look_up(group_rational, reference, "cpu")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from graphopt.ops import kernels
 from graphopt.ops.group_rational import check, gradients
 from graphopt.ops.group_rational import reference as group_rational
 
@@ -81,3 +82,4 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
 
 
 linear_rational.register_autograd(_backward, setup_context=_setup)
+kernels.look_up(linear_rational, reference, "cpu")

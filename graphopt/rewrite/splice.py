@@ -53,6 +53,9 @@ def splice(graph: Graph, site: Site, module: torch.nn.Module, stem: str, example
             if node.op == "get_attr":
                 mapping[node] = _weight(graph, module, str(node.target), stem, weights)
                 mapping[node].meta = _observed(node)
+            elif _is_type(node):
+                # `y.to(x.dtype)`: what type that is, is known here, and ONNX has to be told.
+                mapping[node] = node.all_input_nodes[0].meta["dtype"]
             elif node.op not in ("placeholder", "output"):
                 mapping[node] = graph.fx.node_copy(node, lambda n: mapping[n])
                 mapping[node].meta = {"graphopt_site": site.name, **_observed(node)}
@@ -65,6 +68,12 @@ def splice(graph: Graph, site: Site, module: torch.nn.Module, stem: str, example
     erase_dead(graph, site.nodes)
     graph.module.recompile()
     return new
+
+
+def _is_type(node: fx.Node) -> bool:
+    if node.target is not getattr or node.args[1] != "dtype":
+        return False
+    return isinstance(node.args[0], fx.Node) and "dtype" in node.args[0].meta
 
 
 def _annotate(module: torch.nn.Module, traced: fx.Graph, example: Sequence[Any]) -> None:

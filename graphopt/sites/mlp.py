@@ -83,8 +83,14 @@ def activation(name: str) -> Function:
     return lambda x: function(x, parameter)
 
 
-def find(graph: Graph) -> Findings:
-    """All MLPs of `graph`, none of which overlap, and what looked like one."""
+def find(graph: Graph, *, overlapping: bool = False) -> Findings:
+    """All MLPs of `graph`, and what looked like one.
+
+    Args:
+        graph: the model.
+        overlapping: of three layers in a row with activations between them, the last two are an MLP as well as the
+            first two; otherwise no node belongs to more than one.
+    """
     scope = Scope(graph)
     layers = linear.search(scope).sites
     by_output = {layer.output: layer for layer in layers}
@@ -95,7 +101,7 @@ def find(graph: Graph) -> Findings:
         found = _Reader(scope, by_output, down).read()
         if isinstance(found, MlpSite):
             shared = next((owners[n] for n in found.nodes if n in owners), None)
-            if shared is not None:
+            if shared is not None and not overlapping:
                 found = f"its first layer belongs to the MLP {shared!r} already"
             else:
                 sites.append(found)

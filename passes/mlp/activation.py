@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from graphopt.graph import Graph
-from graphopt.sites import Findings, MlpSite, Refusal, Site, find
+from graphopt.sites import Findings, MlpSite, Refusal, Site, mlp
 from graphopt.sites.regions import Scope
 from graphopt.sites.vocabulary import name_of
 
@@ -32,22 +32,22 @@ class ActivationSite(Site):
 
 def activations(graph: Graph) -> Findings:
     """The activations of all MLPs of `graph`, under the names of these MLPs, and what was refused."""
-    found = find(graph, "mlp")
+    found = mlp.find(graph, overlapping=True)
     scope = Scope(graph)
     sites, refusals = [], list(found.refusals)
-    for mlp in found.sites:
-        site = _site(scope, mlp)
+    for around in found.sites:
+        site = _site(scope, around)
         if site is None:
             reason = "its activation reads more than one value"
-            refusals.append(Refusal("mlp", name_of(mlp.anchor), reason))
+            refusals.append(Refusal("mlp", name_of(around.anchor), reason))
         else:
             sites.append(site)
     return Findings(tuple(sites), tuple(refusals))
 
 
-def _site(scope: Scope, mlp: MlpSite) -> ActivationSite | None:
-    layer = mlp.gate if mlp.gate is not None else mlp.up
-    nodes = mlp.activation_nodes
+def _site(scope: Scope, around: MlpSite) -> ActivationSite | None:
+    layer = around.gate if around.gate is not None else around.up
+    nodes = around.activation_nodes
     members = set(nodes)
     operands = {operand for node in nodes for operand in node.all_input_nodes} - members
     entries = [operand for operand in operands if operand not in scope.constants]
@@ -56,12 +56,12 @@ def _site(scope: Scope, mlp: MlpSite) -> ActivationSite | None:
     added = layer.bias is not None and layer.bias in operands
     bias = scope.value(layer.bias) if added and layer.bias is not None else None
     return ActivationSite(
-        mlp.name,
-        mlp.anchor,
+        around.name,
+        around.anchor,
         nodes,
         (entries[0],),
-        function=mlp.activation,
+        function=around.activation,
         channels=layer.out_features,
         bias=bias,
-        mlp=mlp,
+        mlp=around,
     )

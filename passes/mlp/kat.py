@@ -107,9 +107,15 @@ class Kat(SitePass):
         return Tolerance(math.inf, "option max_error")
 
     def find(self, graph: Graph) -> Findings:
-        """Two sites for each MLP: its activation, and what enters it."""
+        """Two sites for each MLP: its activation, and what enters it, save where that is another one's activation."""
         found = activations(graph)
-        return Findings(tuple(site for act in found.sites for site in (_entry(act.mlp), act)), found.refusals)
+        seconds = {act.mlp.down.output for act in found.sites}
+        sites: list[EdgeSite | ActivationSite] = []
+        for act in found.sites:
+            if act.mlp.up.output not in seconds:
+                sites.append(_entry(act.mlp))
+            sites.append(act)
+        return Findings(tuple(sites), found.refusals)
 
     def check(self, site: ActivationSite | _Input) -> str | None:
         """Groups have to divide the channels of both sites; `split` needs an even remainder."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -14,7 +14,6 @@ from graphopt.graph import Graph
 from graphopt.passes.mlp.activation import ActivationSite, activations
 from graphopt.passes.mlp.rational_activation import (
     Denominator,
-    Form,
     RationalActivation,
     check_degrees,
     fit_to_record,
@@ -24,6 +23,9 @@ from graphopt.sites import Findings
 
 if TYPE_CHECKING:
     from graphopt.rewrite.report import Status
+
+FormOption = Literal["auto", "split", "pade"]
+_PADE_DEGREES = (7, 6)
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Rational(SitePass):
     equivalence: ClassVar[Equivalence] = Equivalence.CALIBRATED
     needs_calibration: ClassVar[bool] = True
 
-    form: Form = "split"
-    """split: relu minus a rational function that vanishes; pade: one rational function, for training."""
+    form: FormOption = "auto"
+    """split: relu minus a rational function that vanishes; pade: one rational function; auto: split where the
+    activation allows it, else pade with degrees 7 and 6."""
     denominator: Denominator = "abs_sum"
     """1 + |b_1 x + .. + b_n x^n|, or 1 + |b_1| |x| + .. + |b_n| |x|^n."""
     m: int = 4
@@ -61,7 +64,7 @@ class Rational(SitePass):
         Raises:
             ValueError: a number is out of range.
         """
-        check_degrees(self.form, self.m, self.n)
+        check_degrees("pade" if self.form == "pade" else "split", self.m, self.n)
         if self.groups < 1:
             raise ValueError(f"expected groups of at least 1, got {self.groups}")
         if not self.max_error > 0:
@@ -85,8 +88,12 @@ class Rational(SitePass):
 
     def build(self, site: ActivationSite, context: Context) -> RationalActivation:
         """The replacement; `fit` gives it its coefficients."""
+        form, degrees = self.form, (self.m, self.n)
+        if form == "auto":
+            form = "split" if is_relu_and_even(site.function) else "pade"
+            degrees = degrees if form == "split" else _PADE_DEGREES
         return RationalActivation(
-            site.function, (self.m, self.n), self.groups, form=self.form, denominator=self.denominator, bias=site.bias
+            site.function, degrees, self.groups, form=form, denominator=self.denominator, bias=site.bias
         )
 
     def fit(self, replacements: Sequence[Replacement], context: Context) -> None:

@@ -89,7 +89,7 @@ def test_at_zero_the_split_form_has_the_derivative_from_the_left(form):
 
 
 def test_far_out_the_split_form_is_relu():
-    x, a, b = operands(m=3, n=5, dtype=torch.float32)
+    _, a, b = operands(m=3, n=5, dtype=torch.float32)
     far = torch.tensor([[-1e38, 1e38, -torch.inf, torch.inf] * 3], requires_grad=True)
     y = group_rational(far, a, b, "sum_abs", True)
     torch.testing.assert_close(y, far.relu(), rtol=1e-6, atol=1e-2)  # R(4096), of degree -2

@@ -184,8 +184,17 @@ def test_what_it_refuses(options, reason):
 
 
 @pytest.mark.parametrize(
-    "options", ["m=0", "form=split,n=3,m=4", "groups=0", "distill_steps=-1", "distill_rate=0", "weights=draw,distill_steps=5"]
+    "options",
+    ["m=0", "form=split,n=3,m=4", "groups=0", "distill_steps=-1", "distill_rate=0", "weights=draw,distill_steps=5"],
 )
 def test_wrong_options(options):
     with pytest.raises(GraphOptError):
         parse(f"kat{{{options}}}")
+
+
+def test_layers_in_a_row_have_one_function_between_them():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, H), nn.SiLU(), nn.Linear(H, D))
+    sites = apply(module).report.passes[0].sites
+    assert [site.name.endswith(".input") for site in sites] == [True, False, False]
+    assert [site.status for site in sites] == ["rewritten"] * 3

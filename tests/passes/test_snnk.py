@@ -70,6 +70,26 @@ def test_saved_and_run_elsewhere(tmp_path):
     np.testing.assert_allclose(found, result.graph.execute(x)[0].numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_from_a_file(tmp_path):
+    torch.onnx.export(Mlp().eval(), batches(1)[0], tmp_path / "a.onnx", verbose=False, external_data=False)
+    graph = graphopt.load(tmp_path / "a.onnx")
+    name = graph.inputs[0].name
+    result = graph.apply("snnk{features=40}", calibration=[{name: x.numpy()} for (x,) in batches()])
+    assert [s.status for s in result.report.passes[0].sites] == ["rewritten"]
+    result.graph.save(tmp_path / "b.onnx")
+    (x,) = batches(1)[0]
+    (found,) = Session(tmp_path / "b.onnx").run({name: x.numpy()}).values()
+    np.testing.assert_allclose(found, result.graph.execute(x)[0].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_random_directions_are_not_trained():
+    trained = {
+        name.rpartition(".")[2] for name, _ in applied("{features=8,max_error=9}").graph.to_module().named_parameters()
+    }
+    assert {"coefficients", "skip", "constant"} <= trained
+    assert not {"directions", "offsets"} & trained
+
+
 def test_what_saves_nothing_is_refused():
     (site,) = applied("{features=64}").report.passes[0].sites
     assert site.status == "refused"

@@ -32,6 +32,9 @@ KERNELS = {
     "softplus_attention_kernel",
     "softplus_query_kernel",
     "softplus_key_kernel",
+    "group_rational_kernel",
+    "group_rational_gradient_kernel",
+    "linear_rational_kernel",
 }
 # What the file of each target begins with, and the shared memory that a block may have there.
 LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
