@@ -58,11 +58,13 @@ def _matmul(call: Call) -> str:
 
 
 _UNARY = {
+    "cos": "Cos",
     "exp": "Exp",
     "neg": "Neg",
     "tanh": "Tanh",
     "sqrt": "Sqrt",
     "sigmoid": "Sigmoid",
+    "sin": "Sin",
     "abs": "Abs",
     "log": "Log",
 }

@@ -10,12 +10,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 
-from graphopt.dialect.math import cos_7, sin_7
 from graphopt.fit.splines import SplineLayer, SplineNetwork
-
-# As calls of the dialect's functions they have an ONNX form, which torch.sin among a replacement's nodes has not.
-torch.fx.wrap("sin_7")
-torch.fx.wrap("cos_7")
 
 Substitute = Callable[[sympy.Expr], sympy.Expr]
 Edge = tuple[int, int, int]
@@ -216,13 +211,9 @@ def _function(expression: sympy.Expr, argument: Any, curves: Mapping[str, Any]) 
     name = type(expression).__name__
     if name in curves:
         return curves[name](argument)
-    if name == "sin":
-        return sin_7(argument)
-    if name == "cos":
-        return cos_7(argument)
     if name == "log":
         return torch.log(torch.clamp(argument, min=_GUARD))
-    plain = {"exp": torch.exp, "tanh": torch.tanh, "Abs": torch.abs}
+    plain = {"sin": torch.sin, "cos": torch.cos, "exp": torch.exp, "tanh": torch.tanh, "Abs": torch.abs}
     if name not in plain:
         raise ValueError(f"expected functions of the library, got {name} in {expression}")
     return plain[name](argument)
