@@ -148,6 +148,7 @@ class Contest:
             self._bind("onnxruntime rational", lowered(self.module, self.x), threads)
         else:
             self.runs[OURS] = self._ours(self.module)
+            self.runs["rational, frozen"] = self._ours(self.module, frozen=True)
             turned = nn.Linear(layer.in_features, channels)
             turned.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
             turned.bias = layer.bias
@@ -157,8 +158,8 @@ class Contest:
         for name, erf in zip(GELU, (False, True), strict=True):
             self._bind(name, gelu_model(layer, channels, erf), threads, (1,) if erf else ())
 
-    def _ours(self, module: nn.Module) -> Run:
-        compiled = registry.backend("cpu").lower(graphopt.load(module, (self.x,)))
+    def _ours(self, module: nn.Module, frozen: bool = False) -> Run:
+        compiled = registry.backend("cpu").lower(graphopt.load(module, (self.x,)), frozen=frozen)
         return lambda: compiled(self.x)
 
     def _bind(self, name: str, model: onnx.ModelProto, threads: int, leading: tuple[int, ...] = ()) -> None:

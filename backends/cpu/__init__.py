@@ -11,7 +11,10 @@ from torch import nn
 
 from graphopt.backends.torch import TorchBackend
 from graphopt.backends.torch.fusion import fuse_linear_rational
+from graphopt.errors import GraphOptError
 from graphopt.graph import Graph
+
+from .frozen import freeze
 
 __all__ = ["CpuBackend"]
 
@@ -21,16 +24,24 @@ class CpuBackend(TorchBackend):
 
     name = "cpu"
 
-    def lower(self, graph: Graph, *, compile: bool = False, **options: Any) -> nn.Module:
+    def lower(self, graph: Graph, *, compile: bool = False, frozen: bool = False, **options: Any) -> nn.Module:
         """As the torch target, with each linear layer and the rational function behind it as one operator.
 
         Args:
             graph: what to lower.
             compile: put the computation through torch.compile.
+            frozen: for inference: the weights of these layers are kept packed too, which takes their size in memory
+                once more, and is faster for few rows.
             options: for torch.compile.
+
+        Raises:
+            GraphOptError: `compile` and `frozen` at once.
         """
+        if compile and frozen:
+            raise GraphOptError("expected compile or frozen, got both; torch.compile packs weights itself")
         self.enable()
-        return super().lower(fuse_linear_rational(graph), compile=compile, **options)
+        fused = fuse_linear_rational(graph)
+        return super().lower(freeze(fused) if frozen else fused, compile=compile, **options)
 
     @staticmethod
     def enable() -> None:

@@ -192,7 +192,7 @@ def _differentiate(x: Array, g: Array, dx: Array, f: _Function, width: int) -> n
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """X W^T + b of rows x [R, K]."""
-    linear = _onednn()
+    linear = onednn()
     plain = weight.is_contiguous() or weight.t().is_contiguous()
     if linear is None or not plain or (bias is not None and bias.shape != weight.shape[:1]):
         return F.linear(x, weight, bias)
@@ -200,7 +200,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
 
 
 @functools.cache
-def _onednn() -> Callable[..., torch.Tensor] | None:
+def onednn() -> Callable[..., torch.Tensor] | None:
     """The product that torch.compile uses on CPUs, faster than that of F.linear on many; not every torch has it."""
     if not torch.backends.mkldnn.is_available():
         return None

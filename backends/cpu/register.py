@@ -44,7 +44,7 @@ def register() -> None:
         group_rational, group_reference, "cpu", kernels.Kernels(_group_rational, _group_gradients, supported)
     )
     kernels.register(
-        linear_rational, linear_reference, "cpu", kernels.Kernels(_linear_rational, _linear_gradients, _fits_linear)
+        linear_rational, linear_reference, "cpu", kernels.Kernels(_linear_rational, _linear_gradients, fits_linear)
     )
 
 
@@ -53,8 +53,8 @@ def supported(x: torch.Tensor, *others: Any) -> bool:
     return x.dtype in _TYPES and x.numel() >= SMALLEST and _usable()
 
 
-def _fits_linear(x: torch.Tensor, weight: torch.Tensor, *others: Any) -> bool:
-    """What counts is the size of the product."""
+def fits_linear(x: torch.Tensor, weight: torch.Tensor, *others: Any) -> bool:
+    """As `supported`; what counts is the size of the product."""
     if x.dtype not in _TYPES or x.dtype != weight.dtype or not x.numel() or x.shape[-1:] != weight.shape[1:]:
         return False
     return x.numel() // x.shape[-1] * weight.shape[0] >= SMALLEST and _usable()

@@ -1,5 +1,7 @@
 """Linear layers and rational functions as one node: which, the same values and gradients, the same names."""
 
+import copy
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -10,6 +12,7 @@ from torch import nn
 import graphopt
 from graphopt import registry
 from graphopt.backends.torch.fusion import fuse_linear_rational
+from graphopt.errors import GraphOptError
 from graphopt.ops import group_rational
 from graphopt.rewrite.splice import splice
 from graphopt.sites.base import Site
@@ -147,3 +150,35 @@ def test_targets_with_kernels_fuse_and_torch_does_not():
         assert len(calls) == expected
         torch.testing.assert_close(found, Mlp()(x), **CLOSE)
     assert "group_rational" in names(graph)  # lowering changes a copy
+
+
+def test_frozen_weights_follow_what_is_written_to_them():
+    """Packed once, and again after a change; names, gradients and copies as without."""
+    torch.manual_seed(0)
+    module = Mlp()
+    module.up, module.down = nn.Linear(K, 512), nn.Linear(512, K)
+    x = torch.randn(40, K)
+    lowered = registry.backend("cpu").lower(graphopt.load(module, (x,)), frozen=True)
+    frozen = [part for part in lowered.modules() if type(part).__name__ == "FrozenLinearRational"]
+    assert len(frozen) == 1
+    assert dict(lowered.named_parameters()).keys() == dict(module.named_parameters()).keys()
+    with torch.no_grad():
+        torch.testing.assert_close(lowered(x), module(x), **CLOSE)
+        before = frozen[0]._packed
+        torch.testing.assert_close(lowered(x), module(x), **CLOSE)
+        assert frozen[0]._packed is before
+        for parameters in (module, lowered):
+            dict(parameters.named_parameters())["up.weight"].mul_(-2)
+        torch.testing.assert_close(lowered(x), module(x), **CLOSE)
+        torch.testing.assert_close(copy.deepcopy(lowered)(x), module(x), **CLOSE)
+        torch.testing.assert_close(lowered.double()(x.double()), module.double()(x.double()), **CLOSE)
+    found = torch.autograd.grad(lowered(x.double()).sum(), list(lowered.parameters()))
+    expected = torch.autograd.grad(module(x.double()).sum(), list(module.parameters()))
+    by_name = dict(zip(dict(lowered.named_parameters()), found, strict=True))
+    for name, gradient in zip(dict(module.named_parameters()), expected, strict=True):
+        torch.testing.assert_close(by_name[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_compiled_or_frozen():
+    with pytest.raises(GraphOptError, match="compile or frozen"):
+        registry.backend("cpu").lower(graphopt.load(Mlp(), (torch.randn(3, K),)), frozen=True, compile=True)
