@@ -28,7 +28,7 @@ BATCH = 64
 STEPS = {"digits MLP": (1500, 1500), "tiny ViT": (800, 800)}
 """Before, and after the transfer."""
 RATES = (2e-3, 2e-3)
-OPTIONS = {"KAT": "kat", "KAT, abs_sum": "kat{denominator=abs_sum}", "KAT, split": "kat{form=split,m=4,n=6}"}
+OPTIONS = {"KAT": "kat", "KAT, degrees 7 and 6": "kat{m=7,n=6}", "KAT, split": "kat{form=split,m=4,n=6}"}
 
 
 class Mlp(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decoder_tables, softmax_tables
+from benchmarks import decoder_tables, mlp_tables, softmax_tables
 from benchmarks.common import RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -214,6 +214,11 @@ _SECTIONS: dict[str, Callable[[_Result], list[str]]] = {
     "decoding": lambda result: decoder_tables.decoding(result, _table),
     "softmax_cpu": lambda result: softmax_tables.softmax(result, _table),
     "length_extrapolation": lambda result: softmax_tables.length(result, _table),
+    "rational_minilm": lambda result: mlp_tables.minilm(result, _table),
+    "rational_cpu": lambda result: mlp_tables.cpu(result, _table),
+    "kat_digits": lambda result: mlp_tables.kat(result, _table),
+    "snnk_minilm": lambda result: mlp_tables.snnk(result, _table),
+    "kan_formulas": lambda result: mlp_tables.kan(result, _table),
     "llama_memory": lambda result: decoder_tables.memory(result, _table),
     "large_model": _large,
     "attention_recognition": _recognition,

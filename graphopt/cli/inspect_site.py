@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
     from graphopt.graph import Graph
 
-# What the rational functions of `inspect` are fitted on: nothing is known of what a model sees without running it.
-_REACH = 8.0
-_DEGREES = (4, 6)
+# Intervals and degrees of the rational functions that `inspect` fits, by whether they are of form split: nothing is
+# known of what a model sees without running it.
+_REACHES = {True: 32.0, False: 8.0}
+_DEGREES = {True: (4, 6), False: (7, 6)}
 _OWN_FUNCTION = re.compile(r"GroupRational_(abs_sum|sum_abs)_(split|plain)_")
 
 
@@ -99,12 +100,13 @@ def _activation(terminal: Terminal, name: str) -> dict[str, Any]:
     exact = {"f(x)": shown(wanted), "f'(x)": shown(sympy.diff(wanted, X))}
     terminal.table(f"{name} in closed form", ("", " "), exact.items())
     split = is_relu_and_even(name)
-    fitted = fit_activation(name, _REACH, _DEGREES, split=split)
+    reach = _REACHES[split]
+    fitted = fit_activation(name, reach, _DEGREES[split], split=split)
     coefficients = (fitted.numerator, fitted.denominator, fitted.form, split)
-    bound = error_bound(wanted, rational_expression(*coefficients), -_REACH, _REACH)
+    bound = error_bound(wanted, rational_expression(*coefficients), -reach, reach)
     lines = spelled(*coefficients)
     terminal.table(
-        f"as a rational function on [{-_REACH:g}, {_REACH:g}], form {'split' if split else 'pade'}",
+        f"as a rational function on [{-reach:g}, {reach:g}], form {'split' if split else 'pade'}",
         ("", " "),
         [
             *lines.items(),

@@ -64,8 +64,8 @@ class Kat(SitePass):
     form: FormOption = "auto"
     """Of R_act. pade: one rational function, as published; split: relu minus a rational function of |x| that vanishes,
     which is exact on any range, but whose two sides training moves together; auto: pade where it keeps `max_error`."""
-    denominator: Denominator = "sum_abs"
-    """1 + |b_1| |x| + .. + |b_n| |x|^n, as in the published kernels, or 1 + |b_1 x + .. + b_n x^n|, as in the paper."""
+    denominator: Denominator = "abs_sum"
+    """1 + |b_1 x + .. + b_n x^n|, or 1 + |b_1| |x| + .. + |b_n| |x|^n."""
     m: int = 5
     """Degree of the numerators, 1 to 7; where auto takes split it is 4."""
     n: int = 4

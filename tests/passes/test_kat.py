@@ -45,7 +45,7 @@ def apply(module, options="", **rest):
     return graphopt.load(module.eval(), batches(1)[0]).apply(f"kat{options}", calibration=batches(), **rest)
 
 
-@pytest.mark.parametrize("options", ["", "{groups=4,denominator=abs_sum}", "{form=split,m=4,n=6,max_error=1e-4}"])
+@pytest.mark.parametrize("options", ["", "{groups=4,denominator=sum_abs}", "{form=split,m=4,n=6,max_error=1e-4}"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_the_start_is_the_original(options, gated):
     module = Block(gated=gated)

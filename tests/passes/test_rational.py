@@ -12,6 +12,7 @@ import graphopt
 from graphopt.backends.onnxruntime import Session
 from graphopt.errors import GraphOptError
 from graphopt.fit.rational import fit_rational
+from graphopt.passes.mlp.rational_activation import RationalActivation
 from graphopt.rewrite import parse
 from graphopt.sites.mlp import activation
 
@@ -113,6 +114,17 @@ def test_a_bias_within_the_activation_is_kept(tmp_path):
     result.graph.save(tmp_path / "b.onnx")
     a, b = (Session(tmp_path / n).run(feeds[0])["y"] for n in ("a.onnx", "b.onnx"))
     np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "quick_gelu"])
+def test_the_split_form_is_right_everywhere(name):
+    """Fitted on inputs below 1: right behind them, where the remainder vanishes, and far out."""
+    module = RationalActivation(name, (4, 6), 1, form="split", denominator="abs_sum")
+    module.set_functions([module.fitted(-0.5, 0.5)])
+    near, far = torch.linspace(-80, 80, 40_001), torch.tensor([-1e4, 1e4, -1e30, 1e30])
+    for x, bounds in ((near, {"rtol": 0, "atol": 6e-5}), (far, {"rtol": 1e-6, "atol": 1e-6})):
+        found = module(x[:, None])[:, 0].detach().double()
+        torch.testing.assert_close(found, ACTIVATIONS[name](x.double()), **bounds)
 
 
 def test_what_misses_is_left_and_says_why():
