@@ -63,7 +63,7 @@ class Kat(SitePass):
     """Groups of channels with a denominator of their own."""
     form: FormOption = "auto"
     """Of R_act. pade: one rational function, as published; split: relu minus a rational function of |x| that vanishes,
-    which is exact on any range, but whose two sides training moves together; auto: pade where it keeps `max_error`."""
+    which is close on any range, but whose two sides training moves together; auto: pade where it keeps `max_error`."""
     denominator: Denominator = "abs_sum"
     """1 + |b_1 x + .. + b_n x^n|, or 1 + |b_1| |x| + .. + |b_n| |x|^n."""
     m: int = 5
@@ -123,7 +123,8 @@ class Kat(SitePass):
         layer = mlp.gate if mlp.gate is not None else mlp.up
         for text, channels in (("inputs", layer.in_features), ("hidden units", layer.out_features)):
             if channels % self.groups:
-                return f"its {channels} {text} are no multiple of groups={self.groups}"
+                fits = max(g for g in range(1, self.groups) if layer.in_features % g == layer.out_features % g == 0)
+                return f"its {channels} {text} are no multiple of groups={self.groups}; use groups={fits}"
         if self.form == "split" and not is_relu_and_even(mlp.activation):
             return f"{mlp.activation} is not relu minus an even function that vanishes; use form=pade"
         return None

@@ -177,7 +177,10 @@ def test_one_name_selects_both_sites():
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [("{groups=3}", "8 inputs are no multiple of groups=3"), ("{groups=16}", "8 inputs are no multiple of groups=16")],
+    [
+        ("{groups=3}", "8 inputs are no multiple of groups=3; use groups=2"),
+        ("{groups=16}", "8 inputs are no multiple of groups=16; use groups=8"),
+    ],
 )
 def test_what_it_refuses(options, reason):
     assert all(reason in site.reason for site in apply(Block(), options).report.passes[0].sites)
