@@ -7,7 +7,7 @@ import pkgutil
 import sys
 from pathlib import Path
 
-_HELPERS = {"common", "table", "decoder_tables", "softmax_tables", "mlp_tables", "__main__"}
+_HELPERS = {"common", "table", "decoder_tables", "softmax_tables", "mlp_tables", "timing", "__main__"}
 # Run on request only: a million executions take a quarter of an hour, training decoders from scratch two hours.
 _LONG = {"fuzz", "length_extrapolation"}
 

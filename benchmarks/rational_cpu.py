@@ -9,10 +9,8 @@ sleep between calls, as all others here do; else they keep the other cores from 
 from __future__ import annotations
 
 import os
-import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from torch import nn
 
 import graphopt
 from benchmarks.common import show, store
+from benchmarks.timing import on_cpu
 from graphopt import registry
 from graphopt.backends.cpu import launch_rational
 from graphopt.fit.rational import fit_rational
@@ -37,8 +36,6 @@ from graphopt.ops.group_rational import reference
 LAYERS = {"MiniLM": (384, 1536), "ViT-B": (768, 3072)}
 ROWS = (16, 128, 1024, 8192)
 THREADS = (1, 2)
-# A time is that of as many calls as fill this many seconds.
-SHORTEST = 2e-3
 ROUNDS = 7
 OURS = "rational"
 GELU = ("onnxruntime Gelu", "onnxruntime BiasGelu")
@@ -189,25 +186,6 @@ class Contest:
         return found
 
 
-def times(runs: dict[str, Run]) -> dict[str, list[float]]:
-    """Seconds per call, in turn and in any order, so that what else the machine does falls on all of them."""
-    counts = {}
-    for name, run in runs.items():
-        run()
-        start = time.perf_counter()
-        run()
-        counts[name] = max(1, int(SHORTEST / (time.perf_counter() - start)))
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    order = random.Random(0)
-    for _ in range(ROUNDS):
-        for name, run in order.sample(list(runs.items()), len(runs)):
-            start = time.perf_counter()
-            for _ in range(counts[name]):
-                run()
-            taken[name].append((time.perf_counter() - start) / counts[name])
-    return taken
-
-
 def compare(model: str, rows: int, threads: int, alone: bool) -> dict[str, Any]:
     """Medians, quartiles and best times; ratios to the faster GELU of onnxruntime, round by round and best to best."""
     torch.set_num_threads(threads)
@@ -216,7 +194,7 @@ def compare(model: str, rows: int, threads: int, alone: bool) -> dict[str, Any]:
     contest = Contest(rows, None if alone else nn.Linear(inner, channels), channels, threads)
     result: dict[str, Any] = {"model": model, "rows": rows, "threads": threads, "alone": alone}
     result["error"], result["operators"] = contest.errors(), contest.operators
-    taken = times(contest.runs)
+    taken = on_cpu(contest.runs, ROUNDS)
     result["ms"] = {name: [float(q) * 1e3 for q in np.percentile(t, [25, 50, 75])] for name, t in taken.items()}
     result["best_ms"] = {name: min(t) * 1e3 for name, t in taken.items()}
     best = min(GELU, key=lambda name: result["ms"][name][1])

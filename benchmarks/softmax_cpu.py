@@ -9,9 +9,7 @@ do; else they keep the other cores from whoever runs next.
 from __future__ import annotations
 
 import os
-import random
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,14 +20,13 @@ import torch
 from onnx import helper
 
 from benchmarks.common import show, store
+from benchmarks.timing import on_cpu
 from graphopt.backends.cpu import launch
 from graphopt.backends.cpu.softmax import IN_CACHE
 
 # Rows and their lengths; the largest has 256 MB.
 SHAPES = (*((1, 2**i) for i in range(10, 27, 2)), *((64, 2**i) for i in (10, 12, 14, 16, 18, 20)))
 THREADS = (1, 2)
-# A time is that of as many calls as fill this many seconds.
-SHORTEST = 2e-3
 ROUNDS = 15
 KERNELS = {
     "two_pass": launch.TWO_PASS,
@@ -90,25 +87,6 @@ def errors(x: Array, y: Array, runs: dict[str, Callable[[], Any]]) -> dict[str, 
     return found
 
 
-def times(runs: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Seconds per call, in turn and in any order, so that what else the machine does falls on all of them."""
-    counts = {}
-    for name, run in runs.items():
-        run()
-        start = time.perf_counter()
-        run()
-        counts[name] = max(1, int(SHORTEST / (time.perf_counter() - start)))
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    order = random.Random(0)
-    for _ in range(ROUNDS):
-        for name, run in order.sample(list(runs.items()), len(runs)):
-            start = time.perf_counter()
-            for _ in range(counts[name]):
-                run()
-            taken[name].append((time.perf_counter() - start) / counts[name])
-    return taken
-
-
 def compare(shape: tuple[int, int], threads: int) -> dict[str, Any]:
     """One shape on so many threads: medians, and the ratio to two passes round by round."""
     torch.set_num_threads(threads)
@@ -116,7 +94,7 @@ def compare(shape: tuple[int, int], threads: int) -> dict[str, Any]:
     y = np.empty_like(x)
     runs = contestants(x, y, threads)
     wrong = errors(x, y, runs)
-    taken = times(runs)
+    taken = on_cpu(runs, ROUNDS)
     result: dict[str, Any] = {"rows": shape[0], "length": shape[1], "threads": threads, "error": wrong}
     result["ms"] = {name: float(np.median(t)) * 1e3 for name, t in taken.items()}
     result["best_ms"] = {name: min(t) * 1e3 for name, t in taken.items()}

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.common import show, store
+from benchmarks.timing import on_gpu
 from graphopt.ops.linear_attention import chunked
 
 # As flash-linear-attention writes them: [B, T, H, D].
 SHAPES = ((1, 8192, 96, 128), (4, 4096, 64, 128))
-RUNS = 30
-WARMUP = 5
 # RMS(error) / RMS(value): storing a value in bf16 alone costs 1.7e-3.
 LIMIT = 4e-3
 
@@ -142,21 +142,14 @@ def _alternate(
     contenders: dict[str, Call], inputs: list[torch.Tensor], dout: torch.Tensor | None
 ) -> dict[str, list[float]]:
     """Milliseconds of each contender, one run of each in turn, so that a change of clocks meets all of them."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(WARMUP + RUNS):
-        for name, call in contenders.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            with torch.set_grad_enabled(dout is not None):
-                out = call(*inputs)
-                if dout is not None:
-                    used = inputs[:3] if name == "softmax" else inputs
-                    torch.autograd.grad(out, used, dout)
-            end.record()
-            torch.cuda.synchronize()
-            if i >= WARMUP:
-                times[name].append(start.elapsed_time(end))
-    return times
+
+    def once(name: str) -> None:
+        with torch.set_grad_enabled(dout is not None):
+            out = contenders[name](*inputs)
+            if dout is not None:
+                torch.autograd.grad(out, inputs[:3] if name == "softmax" else inputs, dout)
+
+    return on_gpu({name: partial(once, name) for name in contenders})
 
 
 if __name__ == "__main__":

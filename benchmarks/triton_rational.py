@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import show, store
+from benchmarks.timing import on_gpu
 from graphopt.ops.group_rational import gradients, reference
 
 BATCH, TOKENS, WIDTH, HIDDEN = 1024, 197, 768, 3072
 GROUPS, M, N = 8, 5, 4
-RUNS = 30
-WARMUP = 5
 # Sequences on which the results are compared: fp64 takes eight bytes for each of the many values in between.
 COMPARED = 16
 # Largest error over the largest value, or RMS for gradients of coefficients: bf16 rounds a result by 3.9e-3 at most.
@@ -137,16 +136,7 @@ def _compare(
     wrong = {name: value for name, value in errors.items() if not value < LIMIT}
     if wrong:
         raise AssertionError(f"expected errors below {LIMIT} in the {what} pass, found {wrong}")
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(WARMUP + RUNS):
-        for name, call in calls.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            if i >= WARMUP:
-                times[name].append(start.elapsed_time(end))
+    times = on_gpu(calls)
     base = next(iter(times.values()))
     rows = []
     for name, values in times.items():

@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import show, store
+from benchmarks.timing import on_gpu
 
 ROWS, VOCABULARY = 64, 256_000
 # B, H, Hkv, T, S, D: prefill, prefill with groups, a step of decoding.
 ATTENTION = ((1, 32, 32, 8192, 8192, 128), (4, 32, 8, 4096, 4096, 128), (16, 32, 32, 1, 8192, 128))
-RUNS = 30
-WARMUP = 5
 # Largest error over the largest value. bf16 rounds a result by 3.9e-3 at most; attention rounds its weights as well.
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
@@ -101,16 +100,7 @@ def _compare(calls: Mapping[str, Call], expected: torch.Tensor, dtype: torch.dty
     wrong = {name: value for name, value in errors.items() if not value < LIMITS[dtype]}
     if wrong:
         raise AssertionError(f"expected errors below {LIMITS[dtype]} in {dtype}, found {wrong}")
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(WARMUP + RUNS):
-        for name, call in calls.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            if i >= WARMUP:
-                times[name].append(start.elapsed_time(end))
+    times = on_gpu(calls)
     rows = []
     for name, values in times.items():
         low, middle, high = statistics.quantiles(values, n=4)
