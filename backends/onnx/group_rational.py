@@ -63,7 +63,7 @@ def _rational(call: Call, x: str, first: int, blocks: bool) -> str:
     places = ((first, "numerator"), (first + 1, "denominator"))
     form, split = call.get(first + 2, "form", "abs_sum"), call.get(first + 3, "split", False)
     numerator, denominator = (shape_of(call.operand(i, name)) for i, name in places)
-    groups = max(numerator[0], denominator[0])
+    groups, channels = max(numerator[0], denominator[0]), shape_of(call.node)[-1]
     dtype = call.dtype()
     wide = torch.promote_types(dtype, torch.float32)
     kinds = [meta_of(call.operand(i, name))[0] for i, name in places]
@@ -75,7 +75,7 @@ def _rational(call: Call, x: str, first: int, blocks: bool) -> str:
         x = x if dtype == wide else b.cast(x, wide)
         coefficients = [c if kind == wide else b.cast(c, wide) for c, kind in zip(given, kinds, strict=True)]
         if groups > 1:
-            x = str(b.op("Reshape", x, b.ints(*[0] * (rank - 1), groups, -1)))
+            x = str(b.op("Reshape", x, b.ints(*[0] * (rank - 1), groups, channels // groups)))
         top = _columns(b, coefficients[0], numerator[1])
         below = _columns(b, coefficients[1], denominator[1])
         if form == "sum_abs":
@@ -86,10 +86,10 @@ def _rational(call: Call, x: str, first: int, blocks: bool) -> str:
 
         value = _in_blocks(b, x, evaluate, 2 if groups > 1 else 1, wide) if blocks else evaluate(b, x)
         if groups > 1:
-            value = str(b.op("Reshape", value, b.ints(*[0] * (rank - 1), -1)))
+            value = str(b.op("Reshape", value, b.ints(*[0] * (rank - 1), channels)))
         return value if dtype == wide else b.cast(value, dtype)
 
-    sizes = (form, "split" if split else "plain", rank, *numerator, *denominator)
+    sizes = (form, "split" if split else "plain", rank, channels, *numerator, *denominator)
     name = f"GroupRational_{'_'.join(map(str, sizes))}_{'_'.join(map(suffix, (dtype, *kinds)))}"
     given = [call.get(i, key) for i, key in places]
     return str(call.builder.function(f"{name}_blocks" if blocks else name, [x, *given], body))
