@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sympy
 
+from graphopt.cost.pointwise import rational_steps
 from graphopt.cost.table import Call, MissingShapeError, Shape, elements, flops
 
 # Softmax: maximum, subtract, exp, sum, divide.
@@ -60,6 +61,13 @@ def addmm(call: Call) -> sympy.Expr:
 def linear(call: Call) -> sympy.Expr:
     """`[..., I]` by `[O, I]`, and a bias."""
     return elements(call.output()) * (2 * call.input(0)[-1] + int(call.has(2)))
+
+
+@flops("graphopt::linear_rational", contraction=True)
+def linear_rational(call: Call) -> sympy.Expr:
+    """A linear layer, and the steps of the rational function, which are few beside its products."""
+    steps = rational_steps(call, 3, bool(call.attrs.get("split")))
+    return elements(call.output()) * (2 * call.input(0)[-1] + int(call.has(2)) + steps)
 
 
 @flops("Conv", "ConvInteger", "com.microsoft::FusedConv", "com.microsoft::NhwcConv", "aten::conv1d", "aten::conv2d",

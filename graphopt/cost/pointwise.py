@@ -124,8 +124,13 @@ def gelu(call: Call) -> sympy.Expr:
 @flops("graphopt::group_rational")
 def group_rational(call: Call) -> sympy.Expr:
     """A multiplication and an addition for each power above and below, the magnitude, and the quotient."""
-    powers = call.input(1)[1] - 1 + call.input(2)[1]
-    return (2 * powers + 2) * elements(call.output())
+    return rational_steps(call, 1, bool(call.attrs.get("split"))) * elements(call.output())
+
+
+def rational_steps(call: Call, first: int, split: bool) -> sympy.Expr:
+    """Per element, with the coefficients at `first` and behind; relu, magnitude and difference of `split` are three."""
+    powers = call.input(first)[1] - 1 + call.input(first + 1)[1]
+    return 2 * powers + 2 + 3 * int(split)
 
 
 @flops("MaxPool", "AveragePool", "LpPool", "aten::max_pool2d", "aten::avg_pool2d", "aten::max_pool1d",

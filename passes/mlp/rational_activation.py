@@ -127,7 +127,7 @@ class RationalActivation(torch.nn.Module):
         b: torch.Tensor = self.denominator
         if self.units_above is not None and self.units_below is not None:
             a, b = a * self.units_above, b * self.units_below
-        value: torch.Tensor = group_rational(x, a, b, self.safe, self.form == "split")
+        value: torch.Tensor = group_rational(x, a, b, self.safe, split=self.form == "split")
         return value
 
 

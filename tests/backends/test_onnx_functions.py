@@ -23,6 +23,7 @@ CASES = {
     "div": lambda x: x / 3,
     "matmul": lambda x: x @ x.transpose(-1, -2),
     "unary": lambda x: torch.tanh(torch.exp(torch.neg(x))).sigmoid().sqrt().abs().log().relu().erf(),
+    "waves": lambda x: torch.sin(x) + torch.cos(x * 2),
     "softmax inner": lambda x: torch.softmax(x, 1),
     "softmax last": lambda x: x.softmax(-1),
     "permute": lambda x: x.permute(2, 0, 3, 1),

@@ -110,13 +110,14 @@ def test_counts_of_custom_operators():
     assert cost_of(made).flops == 28 * B
 
 
-def counted(kind, *inputs, **attrs):
+def counted(kind, *inputs, result=None, **attrs):
     from graphopt.cost.table import Call, lookup
 
     entry = lookup(kind)
     assert entry is not None
     shapes = tuple(None if i is None else tuple(map(sympy.sympify, i)) for i in inputs)
-    return sympy.expand(entry.count(Call(kind, shapes, ((*shapes[0][:3], shapes[2][3]),), attrs)))
+    result = (*shapes[0][:3], shapes[2][3]) if result is None else tuple(map(sympy.sympify, result))
+    return sympy.expand(entry.count(Call(kind, shapes, (result,), attrs)))
 
 
 def test_attention_over_all_keys_is_two_products_and_a_division():
@@ -144,6 +145,16 @@ def test_every_operator_of_ours_has_a_count():
     from graphopt.cost.table import lookup
 
     assert [name for name in graphopt.ops.__all__ if lookup(f"graphopt::{name}") is None] == []
+
+
+def test_rational_functions():
+    D, F = 16, 8
+    alone = counted("graphopt::group_rational", (B, S, D), (8, 6), (8, 4), result=(B, S, D))
+    assert alone == (2 * 9 + 2) * B * S * D
+    split = counted("graphopt::group_rational", (B, S, D), (8, 6), (8, 4), result=(B, S, D), split=True)
+    assert split == alone + 3 * B * S * D
+    layer = counted("graphopt::linear_rational", (B, S, F), (D, F), (D,), (8, 6), (8, 4), result=(B, S, D))
+    assert layer == alone + (2 * F + 1) * B * S * D
 
 
 def test_a_failing_count_is_listed():
