@@ -52,7 +52,8 @@ class Rational(SitePass):
     n: int = 6
     """Degree of the denominator, up to 7; of form split at least m + 1."""
     groups: int = 1
-    """Groups of channels with coefficients of their own, each fitted on the interval that calibration saw there."""
+    """Groups of channels with coefficients of their own; of form split each is fitted on the interval that calibration
+    saw there."""
     max_error: float = 5e-4
     """Largest error of an activation on what calibration saw."""
     preserve: bool = True
@@ -99,7 +100,10 @@ class Rational(SitePass):
     def fit(self, replacements: Sequence[Replacement], context: Context) -> None:
         """Fit each group's function on the interval that calibration saw, and note the largest error there."""
         for replacement in context.track(replacements, len(replacements), "Fitting rational functions"):
-            fit_to_record(replacement)
+            module = replacement.module
+            assert isinstance(module, RationalActivation)
+            # Straight lines continue form pade behind one interval for all channels.
+            fit_to_record(replacement, together=module.form == "pade")
 
     def review(self, graph: Graph, replacement: Replacement, context: Context) -> tuple[Status, str]:
         """Hold the largest error on what calibration saw against `max_error`."""
