@@ -49,6 +49,8 @@ def transform(
 ) -> torch.nn.Module:
     """Rewrite an nn.Module: modules in and out, with the same parameter names where nothing changed.
 
+    What was not rewritten shares its weights with `module`: give a deep copy to train the two apart.
+
     Raises:
         GraphOptError: the module cannot be exported, or a pass or option is unknown.
         CheckFailed: a verification missed its tolerance.
