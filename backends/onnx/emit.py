@@ -60,6 +60,7 @@ class Emitter:
         proto: onnx.GraphProto,
         parts: ModelParts,
         outer: Mapping[str, str] | None = None,
+        weights: Mapping[str, str] | None = None,
     ) -> None:
         """Set up one graph's emission.
 
@@ -68,12 +69,16 @@ class Emitter:
             proto: what it was read from.
             parts: what lowering adds to the model.
             outer: new names of captured values by old ones.
+            weights: new names of the weights of the scopes around it, by old ones.
         """
         self.graph = graph
         self.proto = proto
         self.parts = parts
         self.moved = graph.source is not parts.source
-        self.names = Naming(graph, proto, parts.names, outer or {}, moved=self.moved)
+        own = stored(proto)
+        self.weights = {old: new for old, new in (weights or {}).items() if old not in own}
+        """New names of weights that bodies in here see, by old ones."""
+        self.names = Naming(graph, proto, parts.names, outer or {}, self.weights, moved=self.moved)
         self.nodes: list[onnx.NodeProto] = []
         self.places: list[int] = []
         """Of each emitted node, its index in the graph that was read; -1 for a new one."""
@@ -125,7 +130,9 @@ class Emitter:
     def _weight(self, node: fx.Node) -> None:
         origin = node.meta.get("onnx")
         if origin is not None:
-            self._keep(origin, (), {origin.proto.output[0]: self.names.value(node)})
+            (old,), new = origin.proto.output, self.names.value(node)
+            self.weights[old] = new
+            self._keep(origin, (), {old: new})
             return
         if "onnx_name" in node.meta or not node.users:
             return
@@ -236,7 +243,7 @@ class Emitter:
         found: dict[str, onnx.GraphProto] = {}
         for name, body in module.bodies.items():
             assert body.body is not None, "a body remembers what it was read from"
-            emitted = Emitter(body, body.body, self.parts, outer).run(onnx.GraphProto())
+            emitted = Emitter(body, body.body, self.parts, outer, self.weights).run(onnx.GraphProto())
             if emitted is not body.body:
                 found[name] = emitted
         return found

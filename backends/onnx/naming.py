@@ -18,7 +18,14 @@ class Naming:
     """The ONNX names of a graph's values."""
 
     def __init__(
-        self, graph: Graph, proto: onnx.GraphProto, names: Names, outer: Mapping[str, str], *, moved: bool
+        self,
+        graph: Graph,
+        proto: onnx.GraphProto,
+        names: Names,
+        outer: Mapping[str, str],
+        weights: Mapping[str, str],
+        *,
+        moved: bool,
     ) -> None:
         """Name what has a name; a new value that is a graph output takes the output's name.
 
@@ -27,6 +34,7 @@ class Naming:
             proto: what it was read from.
             names: those that are taken anywhere in the model.
             outer: of a body, new names of captured values by old ones.
+            weights: of a body, new names of the weights around it by old ones.
             moved: whether a body came to a place where its names may mean something else, out of a function.
         """
         self.of: dict[fx.Node, str] = {}
@@ -38,13 +46,15 @@ class Naming:
         self._moved = moved
         # Names of outputs that another value has now than in the graph that was read.
         self._taken: set[str] = set()
-        from_outside = set(graph.captured)
+        from_outside, own = set(graph.captured), stored(proto)
         for node in graph.nodes:
             name = node.meta.get("onnx_name")
             if name is None:
                 continue
             if node.op == "placeholder" and name in from_outside:
                 self.of[node] = outer.get(name, name)
+            elif node.op == "get_attr" and "onnx" not in node.meta and name not in own:
+                self.of[node] = weights.get(name, name)
             elif not (moved and _is_computed(node)):
                 self.of[node] = name
         holders = {name: node for node, name in self.of.items()}

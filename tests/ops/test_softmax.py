@@ -103,7 +103,7 @@ def test_masked_entries_weigh_nothing_and_order_is_kept(op, row, data):
     hidden = torch.tensor(longer) == mask
     y = op(torch.tensor(longer))
     assert (y[hidden] == 0).all()
-    torch.testing.assert_close(y[~hidden], op(x), rtol=FP32, atol=0)
+    torch.testing.assert_close(y[~hidden], op(x), rtol=2 * FP32, atol=0)  # both are off by that much
     assert abs(y.double().sum() - 1) < 1e-5
     assert (torch.diff(y[~hidden][x.argsort()]) >= 0).all()
 

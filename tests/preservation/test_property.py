@@ -10,7 +10,7 @@ import onnx.helper
 import onnx.numpy_helper
 import onnxruntime
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -60,6 +60,7 @@ def test_comes_back_and_runs_as_elsewhere(seed: int) -> None:
 
 @settings(max_examples=60)
 @given(SEEDS, st.sampled_from(["cleanup", "inline", "inline+cleanup", "cleanup+inline"]))
+@example(4764, "inline")  # a constant of an inlined body, which a body within that one reads
 def test_rewrites_keep_every_bit(seed: int, passes: str) -> None:
     proto = Maker(Random(seed)).model()
     batches = feeds(seed)
