@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from graphopt.graph import Graph, attribute, fresh_attribute, set_attribute
-from graphopt.onnxfile.scopes import defined
+from graphopt.onnxfile.scopes import defined, is_constant
 from graphopt.sites.vocabulary import name_of
 from graphopt.subgraphs import SubgraphOperator, bodies_of
 
@@ -64,7 +64,22 @@ class _Copy:
         self._folder = "".join(c if c.isalnum() and c.isascii() else "_" for c in self._stem)
         self._own = defined(body.proto) if body.proto is not None else set()
         self._stored_at: dict[str, str] | None = None
-        self._brought: dict[str, Any] = {}
+        self._brought: dict[str, Any] = self._unread()
+
+    def _unread(self) -> dict[str, Any]:
+        """Weights that the body itself does not read any more, for the bodies within it, which know them by name."""
+        proto = self._body.proto
+        if proto is None:
+            return {}
+        found: dict[str, Any] = {n.output[0]: n for n in proto.node if is_constant(n)}
+        found |= {t.name: t for t in getattr(proto, "initializer", ())}
+        found |= {s.values.name: s for s in getattr(proto, "sparse_initializer", ())}
+        read = {n.meta.get("onnx_name") for n in self._body.nodes if n.op == "get_attr"}
+        return {
+            name: {"onnx_brought": message, "onnx_stem": f"{self._stem}/{name}"}
+            for name, message in found.items()
+            if name not in read
+        }
 
     def weight(self, node: fx.Node) -> fx.Node:
         """The weight in the new graph: one that it knows by name already, or one that is stored anew."""

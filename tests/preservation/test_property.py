@@ -61,6 +61,7 @@ def test_comes_back_and_runs_as_elsewhere(seed: int) -> None:
 @settings(max_examples=60)
 @given(SEEDS, st.sampled_from(["cleanup", "inline", "inline+cleanup", "cleanup+inline"]))
 @example(4764, "inline")  # a constant of an inlined body, which a body within that one reads
+@example(5163, "inline+cleanup")  # the same, and the inlined body itself does not read it any more
 def test_rewrites_keep_every_bit(seed: int, passes: str) -> None:
     proto = Maker(Random(seed)).model()
     batches = feeds(seed)
