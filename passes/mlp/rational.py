@@ -17,6 +17,7 @@ from graphopt.passes.mlp.rational_activation import (
     RationalActivation,
     check_degrees,
     fit_to_record,
+    judged,
 )
 from graphopt.rewrite import Context, Equivalence, Replacement, SitePass, Tolerance
 from graphopt.sites import Findings
@@ -107,9 +108,4 @@ class Rational(SitePass):
 
     def review(self, graph: Graph, replacement: Replacement, context: Context) -> tuple[Status, str]:
         """Hold the largest error on what calibration saw against `max_error`."""
-        error = replacement.errors["max_error"]
-        low, high = replacement.errors["low"], replacement.errors["high"]
-        text = f"{replacement.site.function} on [{low:.3g}, {high:.3g}], largest error {error:.2g}"  # type: ignore[attr-defined]  # an ActivationSite
-        if not error <= self.max_error and self.preserve:  # also true of NaN
-            return "reverted", f"{text}, above max_error={self.max_error:.3g}; use higher degrees, or form=split"
-        return "rewritten", text
+        return judged(replacement, self.max_error, preserve=self.preserve)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
-from graphopt.fit.activation import exact, fit_activation
+from graphopt.fit.activation import IDENTITY, exact, fit_activation
 from graphopt.fit.rational import RationalFunction
 from graphopt.ops import group_rational
 from graphopt.rewrite import Replacement
+
+if TYPE_CHECKING:
+    from graphopt.rewrite.report import Status
 
 Form = Literal["split", "pade"]
 Denominator = Literal["abs_sum", "sum_abs"]
@@ -129,6 +132,23 @@ class RationalActivation(torch.nn.Module):
             a, b = a * self.units_above, b * self.units_below
         value: torch.Tensor = group_rational(x, a, b, self.safe, split=self.form == "split")
         return value
+
+
+def judged(replacement: Replacement, max_error: float, *, preserve: bool) -> tuple[Status, str]:
+    """What becomes of a `RationalActivation` after `fit_to_record`, and what the report says of it.
+
+    Args:
+        replacement: fitted.
+        max_error: largest error that is allowed.
+        preserve: whether the original stays where that is missed.
+    """
+    module, (low, high, error) = replacement.module, (replacement.errors[k] for k in ("low", "high", "max_error"))
+    assert isinstance(module, RationalActivation)
+    form = "" if module.function == IDENTITY else f" as {module.form}"
+    text = f"{module.function}{form} on [{low:.3g}, {high:.3g}], largest error {error:.2g}"
+    if not error <= max_error and preserve:  # also true of NaN
+        return "reverted", f"{text}, above max_error={max_error:.3g}; use higher degrees, or form=split"
+    return "rewritten", text
 
 
 def _slope(name: str, end: float) -> float:
