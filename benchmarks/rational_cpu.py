@@ -28,7 +28,7 @@ from benchmarks.common import show, store
 from benchmarks.timing import on_cpu
 from graphopt import registry
 from graphopt.backends.cpu import launch_rational
-from graphopt.fit.rational import fit_rational
+from graphopt.fit.activation import fit_activation
 from graphopt.ops import group_rational
 from graphopt.ops.group_rational import reference
 
@@ -46,12 +46,7 @@ Run = Callable[[], Any]
 
 def coefficients() -> tuple[torch.Tensor, torch.Tensor]:
     """Numerator [1, 5] and denominator [1, 6] of relu(x) - gelu(x) as a function of |x|."""
-
-    def remainder(t: Any) -> Any:
-        x = torch.from_numpy(np.asarray(t, np.float64))
-        return (x.relu() - F.gelu(x)).numpy()
-
-    found = fit_rational(remainder, 0.0, 8.0, (4, 6), "abs_sum")
+    found = fit_activation("gelu", 8.0, (4, 6), split=True)
     return torch.tensor([found.numerator]).float(), torch.tensor([found.denominator]).float()
 
 

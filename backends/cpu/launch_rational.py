@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from graphopt.ops.group_rational import check
 from graphopt.ops.group_rational import gradients as reference_gradients
+from graphopt.ops.linear_rational import gradients as reference_linear_gradients
 
 from . import rational as compiled
 from .threads import parts, together
@@ -126,22 +127,10 @@ def linear_rational(
     return z.view(*x.shape[:-1], len(weight))
 
 
-def linear_gradients(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    numerator: torch.Tensor,
-    denominator: torch.Tensor,
-    form: str = "abs_sum",
-    split: bool = False,
-) -> tuple[torch.Tensor | None, ...]:
-    """Of x, weight, bias, numerator and denominator; the product is computed again."""
-    dz, da, db = gradients(gradient, F.linear(x, weight, bias), numerator, denominator, form, split)
-    rows = dz.reshape(-1, dz.shape[-1])
-    dx = dz @ weight if x.requires_grad else None
-    dw = rows.transpose(0, 1) @ x.reshape(-1, x.shape[-1]) if weight.requires_grad else None
-    return dx, dw, None if bias is None else rows.sum(0), da, db
+def linear_gradients(gradient: torch.Tensor, x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor | None, ...]:
+    """Of the tensors that `linear_rational` takes; the product is computed again."""
+    wanted = x.requires_grad, rest[0].requires_grad
+    return reference_linear_gradients(gradient, x, *rest, of_function=gradients, wanted=wanted)
 
 
 def _plain(x: torch.Tensor) -> torch.Tensor:

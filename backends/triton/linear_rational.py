@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from graphopt.errors import GraphOptError
+from graphopt.ops.linear_rational import gradients
 
 from . import group_rational
 from .group_rational import DTYPES, LARGEST_DEGREE, coefficients
@@ -88,7 +88,7 @@ def backward(
     denominator: torch.Tensor,
     form: str = "abs_sum",
     split: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, ...]:
     """The gradients of x, weight, bias, numerator and denominator in their types.
 
     The product is computed again by torch, as are the three products of the linear layer's gradient; what lies between
@@ -108,12 +108,8 @@ def backward(
         GraphOptError: the kernels do not take these types or sizes, or there is no such form.
     """
     _check(x, weight, bias, numerator, denominator, form)
-    C, K = weight.shape
-    rows = x.reshape(-1, K)
-    z = F.linear(rows, weight, bias)
-    dz, da, db = group_rational.backward(gradient.reshape(-1, C), z, numerator, denominator, form, split)
-    dx = (dz @ weight).view(x.shape)
-    return dx, dz.t() @ rows, None if bias is None else dz.sum(0), da, db
+    function = (numerator, denominator, form, split)
+    return gradients(gradient, x, weight, bias, *function, of_function=group_rational.backward)
 
 
 def _check(

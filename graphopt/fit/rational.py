@@ -145,12 +145,11 @@ def _corrected(x: _Array, wanted: _Array, found: tuple[_Array, _Array], form: st
     positive[:, m + 1] = 0
     low = 0.0 if form == "sum_abs" else -1.0
     bounds = [(None, None)] * (m + 1) + [(1e-7, 1)] + [(low, 1)] * n + [(None, None)]
-    bound = error
     for _ in range(_CORRECTIONS):
         if n == 0 or error < _SOLVABLE:
             break
         sides = [
-            np.hstack([sign * -above, (sign * wanted - bound)[:, None] * below, -q[:, None]]) for sign in (1.0, -1.0)
+            np.hstack([sign * -above, (sign * wanted - error)[:, None] * below, -q[:, None]]) for sign in (1.0, -1.0)
         ]
         system = np.vstack([*sides, positive])
         solved = linprog([0.0] * (m + n + 2) + [1.0], system, np.zeros(len(system)), bounds=bounds)
@@ -160,11 +159,11 @@ def _corrected(x: _Array, wanted: _Array, found: tuple[_Array, _Array], form: st
         q = below @ whole
         candidate = (a / whole[0], whole[1:] / whole[0])
         reached = float(np.abs(_value(x, *candidate, form) - wanted).max())
+        goes_on = reached < error * (1 - 1e-4)
         if reached < error:
             best, error = candidate, reached
-        if reached >= bound * (1 - 1e-4):
+        if not goes_on:
             break
-        bound = min(bound, reached)
     return best[0] * size, best[1]
 
 

@@ -6,13 +6,15 @@ computes it again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from graphopt.ops import kernels
-from graphopt.ops.group_rational import check, gradients
+from graphopt.ops.group_rational import check
+from graphopt.ops.group_rational import gradients as group_gradients
 from graphopt.ops.group_rational import reference as group_rational
 
 
@@ -70,15 +72,38 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.options = tuple(rest)
 
 
+def gradients(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *function: Any,
+    of_function: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = group_gradients,
+    wanted: tuple[bool, bool] = (True, True),
+) -> tuple[torch.Tensor | None, ...]:
+    """Of x, weight, bias, numerator and denominator; the product is computed again.
+
+    Args:
+        gradient: of the result [.., C].
+        x: as in `reference`.
+        weight: as in `reference`.
+        bias: as in `reference`; without one its gradient is None.
+        function: what else `reference` takes.
+        of_function: what computes `graphopt.ops.group_rational.gradients`.
+        wanted: whether those of x and of weight are; None else.
+    """
+    dz, da, db = of_function(gradient, F.linear(x, weight, bias), *function)
+    rows = dz.reshape(-1, dz.shape[-1])
+    dx = dz @ weight if wanted[0] else None
+    dw = rows.transpose(0, 1) @ x.reshape(-1, x.shape[-1]) if wanted[1] else None
+    return dx, dw, None if bias is None else rows.sum(0), da, db
+
+
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
     x, weight, *others = ctx.saved_tensors
     bias = others.pop(0) if ctx.has_bias else None
-    z = F.linear(x, weight, bias)
-    dz, da, db = gradients(gradient, z, *others, *ctx.options)
-    rows = dz.flatten(0, -2)
-    dx = dz @ weight if ctx.needs_input_grad[0] else None
-    dw = rows.transpose(0, 1) @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-    return dx, dw, None if bias is None else rows.sum(0), da, db, None, None
+    found = gradients(gradient, x, weight, bias, *others, *ctx.options, wanted=ctx.needs_input_grad[:2])
+    return *found, None, None
 
 
 linear_rational.register_autograd(_backward, setup_context=_setup)

@@ -17,7 +17,7 @@ def operands(dtype=torch.float64, rows=(3, 5), K=7, C=12, G=4, m=5, n=4, seed=0)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [(3, 5), (7,), (0,), (2, 1, 3)])
+@pytest.mark.parametrize("rows", [(3, 5), (7,), (0,), (2, 1, 3), ()])
 def test_values_and_gradients_are_those_of_the_two(form, split, bias, rows):
     given = [t.requires_grad_() for t in operands(rows=rows)]
     x, w, b, numerator, denominator = given
